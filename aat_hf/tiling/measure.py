@@ -1,0 +1,75 @@
+"""Measuring: exact Born probabilities of the tiles for chosen query rows.
+
+psi = sqrt(softmax) is a state; measuring it with the projectors on the key tiles gives tile J with probability
+P(J) = sum_{j in J} p_j. The scores of a row are computed against all its keys and summed per tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aat_hf.tiling.layout import group_heads, tiles
+from aat_hf.tiling.masks import AttentionMask
+
+_CHUNK_ELEMENTS = 1 << 24  # scores held at a time (64 MiB)
+_CHUNK_ROWS = 128  # short chunks let causal rows skip the keys after them
+
+
+def tile_log_mass(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """log sum_{j in J} exp(score_ij) of every key tile J for the query `rows` (R,).
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim).
+
+    Returns:
+        (batch, heads, R, key_tiles), float32 or wider; -inf where a row sees no key of the tile.
+    """
+    batch, heads = q.shape[:2]
+    step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // (batch * heads * k.shape[2])))
+    pieces = [_chunk(q, k, mask, part, key_tile, scale, softcap) for part in rows.split(step)]
+    return torch.cat(pieces, 2)
+
+
+def _chunk(
+    q: Tensor, k: Tensor, mask: AttentionMask, rows: Tensor, key_tile: int, scale: float, softcap: float | None
+) -> Tensor:
+    kv_heads, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    high = min(k.shape[2], tiles(max(1, mask.key_range(rows)[1]), key_tile) * key_tile)
+    q_rows = group_heads(q[:, :, rows] * scale, kv_heads)
+    scores = (q_rows @ k[:, :, :high].mT).to(dtype)
+    scores = scores.view(q.shape[0], q.shape[1], len(rows), high)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill_(~mask.rows(rows)[..., :high], float("-inf"))
+    scores = torch.nn.functional.pad(scores, (0, -high % key_tile), value=float("-inf"))
+    mass = torch.logsumexp(scores.unflatten(-1, (-1, key_tile)), -1)
+    return torch.nn.functional.pad(mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf"))
+
+
+def row_log_sum_exp(log_mass: Tensor, sinks: Tensor | None) -> Tensor:
+    """Log-sum-exp of whole rows from their tile log masses: (batch, heads, R); `sinks` (heads,) is one more key."""
+    lse = torch.logsumexp(log_mass, -1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse)[None, :, None])
+
+
+def born_probabilities(log_mass: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """P(J) of every row: (batch, heads, R, key_tiles); rows without keys are zero."""
+    lse = row_log_sum_exp(log_mass, sinks)
+    return torch.exp(log_mass - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+
+
+def mean_over_query_tiles(probabilities: Tensor, query_tiles: int) -> Tensor:
+    """Mean over the rows of each query tile that see a key: (batch, heads, query_tiles, key_tiles)."""
+    p = probabilities.unflatten(2, (query_tiles, -1))
+    alive = (p.sum(-1, keepdim=True) > 0).sum(3).clamp(min=1)
+    return p.sum(3) / alive

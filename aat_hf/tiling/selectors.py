@@ -1,0 +1,120 @@
+"""The named selectors, each a function from a `Scene` to estimated tile masses, and the registry they live in.
+
+Estimates are mean Born probabilities over the rows of a query tile: they sum to one (less what sinks take).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aat_hf.tiling.layout import group_heads, sampled_rows, tile_keys
+from aat_hf.tiling.masks import NONE
+from aat_hf.tiling.measure import born_probabilities, mean_over_query_tiles, tile_log_mass
+from aat_hf.tiling.moments import merge, summarise
+from aat_hf.tiling.predict import predicted_log_mass
+from aat_hf.tiling.select import Scene, Selector
+
+SELECTORS: dict[str, Selector] = {}
+
+
+def register_selector(name: str, selector: Selector) -> None:
+    """Make `selector` available as `AATConfig(selector=name)`."""
+    SELECTORS[name] = selector
+
+
+def get_selector(name: str) -> Selector:
+    """The selector of this name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in SELECTORS:
+        raise ValueError(f"AATConfig.selector = {name!r}: must be one of {', '.join(sorted(SELECTORS))}")
+    return SELECTORS[name]
+
+
+def measured(scene: Scene) -> Tensor:
+    """Exact Born probabilities of every `measured_stride`-th row."""
+    return _measured(scene, scene.config.measured_stride)
+
+
+def moments(scene: Scene) -> Tensor:
+    """Second-order prediction from sub-tile moments for every `predict_stride`-th row."""
+    mass = predicted_log_mass(
+        scene.q, scene.k, scene.mask, scene.moments, scene.config, scene.scale, scene.softcap
+    )
+    return mean_over_query_tiles(born_probabilities(mass, scene.sinks), scene.states.shape[2])
+
+
+def mix(scene: Scene) -> Tensor:
+    """Mean of `measured` and `moments`: they fail on different heads, their mean on neither."""
+    return (measured(scene) + moments(scene)) / 2
+
+
+def oracle(scene: Scene) -> Tensor:
+    """Exact mean tile masses of all rows: the cost of dense attention; for comparison."""
+    return _measured(scene, 1)
+
+
+def pooled(scene: Scene) -> Tensor:
+    """softmax of mean query times mean key (SpargeAttn, Zhang et al. 2025)."""
+    keys = merge(scene.moments).mean[..., 0, :]
+    return _softmax_tiles(scene, _by_head(scene, _mean_queries(scene)) @ keys.mT * scene.scale)
+
+
+def box(scene: Scene) -> Tensor:
+    """softmax of the upper bound sum_d max(q_d kmin_d, q_d kmax_d) at the mean query (Quest, Tang et al. 2024)."""
+    k = tile_keys(scene.k, scene.config.key_tile).float()
+    exists = torch.arange(k.shape[2] * k.shape[3], device=k.device).view(k.shape[2:4]) < scene.k.shape[2]
+    low = k.masked_fill(~exists[..., None], float("inf")).amin(3)
+    high = k.masked_fill(~exists[..., None], float("-inf")).amax(3)
+    q = _by_head(scene, _mean_queries(scene))
+    return _softmax_tiles(scene, (q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT) * scene.scale)
+
+
+def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
+    """Sums of scores along antidiagonals of `stride` x `stride` blocks (XAttention, Xu et al. 2025)."""
+    batch, heads, queries, dim = scene.q.shape
+    q = torch.nn.functional.pad(scene.q, (0, 0, 0, -queries % scene.config.query_tile)).float()
+    k = tile_keys(scene.k, scene.config.key_tile).flatten(2, 3).float()
+    q = q.unflatten(2, (-1, stride)).flatten(3)  # [B, H, queries / stride, stride * D]
+    k = k.unflatten(2, (-1, stride)).flip(3).flatten(3)
+    scores = (group_heads(q, k.shape[1]) @ k.mT * (scene.scale / stride)).view(batch, heads, q.shape[2], -1)
+    row = (torch.arange(q.shape[2], device=q.device) * stride + stride - 1).clamp(max=queries - 1)
+    key = (torch.arange(k.shape[2], device=q.device) * stride).clamp(max=scene.k.shape[2] - 1)
+    visible = scene.mask.rows(row)[..., key]
+    weights = _safe_softmax(scores.masked_fill(~visible, float("-inf")))
+    per_tile = weights.unflatten(-1, (-1, scene.config.key_tile // stride)).sum(-1)
+    return mean_over_query_tiles(per_tile, scene.states.shape[2])
+
+
+def _measured(scene: Scene, stride: int) -> Tensor:
+    rows = sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
+    mass = tile_log_mass(
+        scene.q, scene.k, scene.mask, rows.flatten(), scene.config.key_tile, scene.scale, scene.softcap
+    )
+    return mean_over_query_tiles(born_probabilities(mass, scene.sinks), len(rows))
+
+
+def _mean_queries(scene: Scene) -> Tensor:
+    """Mean query of each query tile: (batch, heads, query_tiles, head_dim)."""
+    return summarise(scene.q, scene.config.query_tile, 1).mean[..., 0, :]
+
+
+def _by_head(scene: Scene, q: Tensor) -> Tensor:
+    return group_heads(q, scene.k.shape[1])
+
+
+def _softmax_tiles(scene: Scene, scores: Tensor) -> Tensor:
+    scores = scores.view(*scene.q.shape[:2], *scene.states.shape[2:])
+    return _safe_softmax(scores.masked_fill(scene.states == NONE, float("-inf")))
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    """softmax over the last dimension; rows of -inf give zeros."""
+    return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True).nan_to_num(neginf=0.0))
+
+
+for _selector in (measured, moments, mix, oracle, pooled, box, antidiagonal):
+    register_selector(_selector.__name__, _selector)
