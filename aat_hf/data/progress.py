@@ -44,6 +44,20 @@ def progress(title: str, total: float) -> Iterator[Update]:
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep Transformers' own bars off the terminal while one of ours is up."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def _rich_progress(title: str, total: float) -> Iterator[Update]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,8 +145,6 @@ def _run(command: list[str], folder: Path) -> None:
 
 def _read_lazy_load(base: Path, name: str) -> str:
     """Read one character vector from R's lazy-load database (`.rdx` index, `.rdb` data)."""
-    import zlib
-
     try:
         import rdata
     except ImportError as error:
@@ -154,5 +154,7 @@ def _read_lazy_load(base: Path, name: str) -> str:
     record = base.with_suffix(".rdb").read_bytes()[offset : offset + length]
     # Four bytes of length, big-endian, then a zlib stream holding the serialised vector.
     data = zlib.decompress(record[4:])
-    lines = rdata.conversion.convert(rdata.parser.parse_data(data))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unknown file type: assumed RDS")  # as it is
+        lines = rdata.conversion.convert(rdata.parser.parse_data(data))
     return "\n".join(str(line) for line in lines)

@@ -102,7 +102,9 @@ class IntervalMask(AttentionMask):
         row = _batch_index(b, self.first)
         first, last = self.first[row, q], self.last[_batch_index(b, self.last), q]
         inside = (k >= first) & (k < last)
-        return inside if self.key_valid is None else inside & self.key_valid[_batch_index(b, self.key_valid), k]
+        return (
+            inside if self.key_valid is None else inside & self.key_valid[_batch_index(b, self.key_valid), k]
+        )
 
     def key_range(self, rows: Tensor) -> tuple[int, int]:
         """See `AttentionMask.key_range`."""
@@ -209,7 +211,11 @@ def full_mask(queries: int, keys: int, device: torch.device, key_valid: Tensor |
 
 
 def causal_mask(
-    queries: int, keys: int, device: torch.device, offset: int | Tensor | None = None, key_valid: Tensor | None = None
+    queries: int,
+    keys: int,
+    device: torch.device,
+    offset: int | Tensor | None = None,
+    key_valid: Tensor | None = None,
 ) -> IntervalMask:
     """Query i sees keys j <= i + offset; `offset` defaults to keys - queries (the last query sees the last key)."""
     offset = keys - queries if offset is None else offset

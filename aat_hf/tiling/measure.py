@@ -41,7 +41,13 @@ def tile_log_mass(
 
 
 def _chunk(
-    q: Tensor, k: Tensor, mask: AttentionMask, rows: Tensor, key_tile: int, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     kv_heads, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     high = min(k.shape[2], tiles(max(1, mask.key_range(rows)[1]), key_tile) * key_tile)
@@ -53,7 +59,9 @@ def _chunk(
     scores = scores.masked_fill_(~mask.rows(rows)[..., :high], float("-inf"))
     scores = torch.nn.functional.pad(scores, (0, -high % key_tile), value=float("-inf"))
     mass = torch.logsumexp(scores.unflatten(-1, (-1, key_tile)), -1)
-    return torch.nn.functional.pad(mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf"))
+    return torch.nn.functional.pad(
+        mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf")
+    )
 
 
 def row_log_sum_exp(log_mass: Tensor, sinks: Tensor | None) -> Tensor:

@@ -47,7 +47,12 @@ Selector = Callable[[Scene], Tensor]
 
 
 def select_tiles(
-    mass: Tensor, forced: Tensor, states: Tensor, tolerance: Tensor, max_kept: float, free_mass: Tensor | None = None
+    mass: Tensor,
+    forced: Tensor,
+    states: Tensor,
+    tolerance: Tensor,
+    max_kept: float,
+    free_mass: Tensor | None = None,
 ) -> Tensor:
     """The smallest set of tiles with estimated mass >= 1 - tolerance, per head and query tile.
 
@@ -68,7 +73,7 @@ def select_tiles(
     if free_mass is not None:
         target = target - tolerance[..., None] * free_mass
     rank_score = torch.where(forced, mass + 2.0, mass).masked_fill(~visible, -1.0)
-    order = rank_score.argsort(-1, descending=True, stable=True)
+    order = rank_score.argsort(dim=-1, descending=True, stable=True)
     ranked = mass.gather(-1, order).double()
     before = ranked.cumsum(-1) - ranked
     kept = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < target[..., None])

@@ -119,5 +119,5 @@ class TileMap:
 
 def _ordered(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Counts (…, query_tiles) and key tile indices (…, query_tiles, key_tiles), the kept ones first, as int32."""
-    order = kept.to(torch.uint8).argsort(-1, descending=True, stable=True)
+    order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return kept.sum(-1).to(torch.int32), order.to(torch.int32)

@@ -1,0 +1,258 @@
+"""`tiled_attention`: summarise, measure, predict, select, compute, audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aat_hf.config import AATConfig
+from aat_hf.kernels.coarse import coarse_attention, merge_attention
+from aat_hf.kernels.dense import Extras, dense_attention
+from aat_hf.kernels.gather import gather_attention
+from aat_hf.kernels.reference import reference_attention
+from aat_hf.kernels.skip import skip_map
+from aat_hf.report.stages import Stages
+from aat_hf.tiling.arguments import as_mask, check_inputs
+from aat_hf.tiling.audit import Audit, audit_rows
+from aat_hf.tiling.layout import forced_tiles, random_rows, sampled_rows
+from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.measure import born_probabilities, row_log_sum_exp, tile_log_mass
+from aat_hf.tiling.select import Scene, select_tiles
+from aat_hf.tiling.selectors import get_selector
+from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+
+_PASSES = 3  # first selection and at most two repairs
+
+
+@dataclass(frozen=True)
+class TiledAttentionResult:
+    """What `tiled_attention` computed.
+
+    Attributes:
+        output: (batch, heads, queries, value_dim), dtype of v.
+        lse: (batch, heads, queries) log-sum-exp of what was computed, float32 or wider; None if not asked for.
+        tile_map: the tiles; None when the call went to exact attention.
+        audit: measured infidelity of held-out rows; None when not audited.
+        path: "tiled", "skip" or "dense".
+        reason: why the call was not tiled, else None.
+        weights: (batch, heads, queries, keys) where asked for.
+        estimated: (batch, heads) infidelity the selector expected; in "skip" mode the certified bound's mean.
+        stages: milliseconds by stage.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    tile_map: TileMap | None = None
+    audit: Audit | None = None
+    path: str = "tiled"
+    reason: str | None = None
+    weights: Tensor | None = None
+    estimated: Tensor | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: AATConfig | None = None,
+    is_causal: bool = False,
+    attn_mask: AttentionMask | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    need_lse: bool = True,
+    need_weights: bool = False,
+    audit: bool = True,
+) -> TiledAttentionResult:
+    """Adaptive tiled attention.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads, nothing is repeated.
+        v: (batch, kv_heads, keys, value_dim).
+        config: settings; default `AATConfig()`.
+        is_causal: query i sees the keys j <= i + keys - queries (the last query sees the last key).
+        attn_mask: an `AttentionMask`, a bool tensor (True = may attend) or an additive float tensor, broadcastable
+            to (batch, heads, queries, keys).
+        scale: factor of q k^T, default head_dim ** -0.5.
+        softcap: c in c * tanh(score / c).
+        sinks: (heads,) logits of a virtual key without a value.
+        bias: additive (batch or 1, heads or 1, queries, keys); such calls go to exact attention.
+        dropout: dropout of attention weights; such calls go to exact attention.
+        need_lse, need_weights: whether the log-sum-exp and the (exact) weights are wanted.
+        audit: whether to measure the realised infidelity.
+
+    Raises:
+        TypeError, ValueError: wrong types, dtypes, devices or shapes; the message names them.
+    """
+    config = config or AATConfig()
+    check_inputs(q, k, v)
+    mask, bias = as_mask(q, k, attn_mask, is_causal, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    extras = Extras(softcap, sinks, bias, dropout)
+    stages = Stages(q.device)
+    reason = why_dense(q, k, v, config, extras, need_weights)
+    if reason is None:
+        with stages("select"):
+            tile_map, estimated = plan(q, k, mask, config, scale, extras)
+        if tile_map is None:
+            reason = "the mask and the forced tiles leave nothing to drop"
+    if reason is not None or tile_map is None:
+        with stages("dense"):
+            output, lse, weights = dense_attention(q, k, v, mask, scale, extras, need_lse, need_weights)
+        return TiledAttentionResult(
+            output, lse, None, None, "dense", reason, weights, stages=stages.milliseconds()
+        )
+    with stages("compute"):
+        output, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
+        output, lse = _with_coarse_and_sinks(output, lse_kept, q, k, v, tile_map, config, scale, extras)
+    measured = None
+    if audit and config.audit_rows:
+        with stages("audit"):
+            measured = _audit(q, k, mask, lse_kept, config, scale, extras)
+    return TiledAttentionResult(
+        output, lse, tile_map, measured, config.mode, None, None, estimated, stages.milliseconds()
+    )
+
+
+def why_dense(
+    q: Tensor, k: Tensor, v: Tensor, config: AATConfig, extras: Extras, need_weights: bool = False
+) -> str | None:
+    """Why a call goes to exact attention, or None when it can be tiled."""
+    if config.mode == "dense":
+        return 'mode is "dense"'
+    if config.tolerance == 0:
+        return "tolerance is 0"
+    if need_weights:
+        return "attention weights are wanted"
+    if extras.bias is not None:
+        return "an additive bias is given"
+    if extras.dropout > 0:
+        return f"dropout is {extras.dropout}"
+    if k.shape[2] < config.min_length:
+        return f"{k.shape[2]} keys are fewer than min_length = {config.min_length}"
+    if q.shape[2] < config.query_tile:
+        return f"{q.shape[2]} queries are fewer than a query tile ({config.query_tile})"
+    if not all(bool(torch.isfinite(x.detach().sum())) for x in (q, k, v)):
+        return "q, k or v has values that are not finite"
+    return None
+
+
+@torch.no_grad()
+def plan(
+    q: Tensor, k: Tensor, mask: AttentionMask, config: AATConfig, scale: float, extras: Extras
+) -> tuple[TileMap | None, Tensor]:
+    """The tile map and the infidelity (batch, heads) expected of it; no map when nothing could be dropped."""
+    if config.mode == "skip":
+        kept = skip_map(
+            q, k, mask, config.tolerance / 2, config.query_tile, config.key_tile, scale, extras.softcap
+        )
+        return kept.tile_map, kept.bound.mean(-1)
+    states = mask.tile_states(config.query_tile, config.key_tile)
+    forced = forced_tiles(mask, states, config)
+    if bool((forced == (states != 0)).all()):
+        return None, torch.zeros(q.shape[:2], device=q.device)
+    scene = Scene(q, k, mask, states, scale, config, extras.softcap, extras.sinks)
+    mass = get_selector(config.selector)(scene)
+    kept_tiles = _select_and_repair(scene, mass, forced)
+    expected = mass.masked_fill(kept_tiles, 0.0).sum(-1).mean(-1)
+    levels = torch.where(kept_tiles, EXACT, COARSE if config.coarse else 0).to(torch.uint8)
+    return TileMap.from_dense(levels, states, config.query_tile, config.key_tile), expected
+
+
+def _select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
+    """Select; then measure control rows and select again, tighter, for the heads that miss their tolerance."""
+    config = scene.config
+    tolerance = torch.full(mass.shape[:2], config.tolerance, device=mass.device, dtype=mass.dtype)
+    free = None if scene.sinks is None else (1 - mass.sum(-1)).clamp(min=0)
+    kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
+    if not config.control_rows:
+        return kept
+    rows = random_rows(
+        scene.q.shape[2], config.control_rows, config.seed, scene.q.device, _measured_rows(scene)
+    )
+    log_mass = tile_log_mass(scene.q, scene.k, scene.mask, rows, config.key_tile, scene.scale, scene.softcap)
+    born = born_probabilities(log_mass, scene.sinks)
+    for _ in range(_PASSES - 1):
+        lost = born.masked_fill(kept[:, :, rows // config.query_tile], 0.0).sum(-1).mean(-1)
+        missed = lost > config.tolerance
+        if not bool(missed.any()):
+            break
+        tolerance = torch.where(missed, tolerance * config.tolerance / lost, tolerance)
+        kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
+    return kept
+
+
+def _measured_rows(scene: Scene) -> Tensor:
+    stride = scene.config.measured_stride
+    return sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
+
+
+def _kept_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_map: TileMap,
+    mask: AttentionMask,
+    config: AATConfig,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the exact tiles on the backend asked for: output and log-sum-exp."""
+    if config.backend == "reference":
+        kept = tile_map.exact.repeat_interleave(tile_map.query_tile, 2)[:, :, : q.shape[2]]
+        kept = kept.repeat_interleave(tile_map.key_tile, 3)[..., : k.shape[2]]
+        allowed = kept & mask.rows(torch.arange(q.shape[2], device=q.device))
+        output, lse, _ = reference_attention(q, k, v, allowed, scale, softcap)
+        return output, lse
+    return gather_attention(q, k, v, tile_map, mask, scale, softcap)
+
+
+def _with_coarse_and_sinks(
+    output: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_map: TileMap,
+    config: AATConfig,
+    scale: float,
+    extras: Extras,
+) -> tuple[Tensor, Tensor]:
+    if config.coarse:
+        output, lse = merge_attention(
+            (output, lse), coarse_attention(q, k, v, tile_map, scale, extras.softcap)
+        )
+    if extras.sinks is not None:
+        sink = extras.sinks.to(lse)[None, :, None].expand_as(lse)
+        output, lse = merge_attention((output, lse), (torch.zeros_like(output), sink))
+    return output, lse
+
+
+@torch.no_grad()
+def _audit(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    lse_kept: Tensor,
+    config: AATConfig,
+    scale: float,
+    extras: Extras,
+) -> Audit:
+    """Exact log-sum-exp of held-out random rows against the kernel's own."""
+    used = sampled_rows(q.shape[2], config.query_tile, config.measured_stride, q.device).flatten()
+    if config.control_rows:
+        control = random_rows(q.shape[2], config.control_rows, config.seed, q.device, used)
+        used = torch.cat([used, control])
+    rows = random_rows(q.shape[2], config.audit_rows, config.seed + 1, q.device, used)
+    log_mass = tile_log_mass(q, k, mask, rows, config.key_tile, scale, extras.softcap)
+    lse_kept = lse_kept[:, :, rows]
+    if extras.sinks is not None:
+        lse_kept = torch.logaddexp(lse_kept, extras.sinks.to(lse_kept)[None, :, None])
+    return audit_rows(lse_kept, row_log_sum_exp(log_mass, extras.sinks), rows)

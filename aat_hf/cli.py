@@ -1,0 +1,84 @@
+"""The `aat` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the process's exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an old code page must not end a run
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError) as error:
+        # What the user can mend is told in a line; anything else keeps its traceback.
+        if not _is_for_the_user(error):
+            raise
+        print(f"aat: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with its subcommands."""
+    from aat_hf.demo import add_arguments
+
+    parser = argparse.ArgumentParser(prog="aat", description="Adaptive attention tiling.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a real model on a long text, dense and tiled side by side")
+    add_arguments(demo)
+    doctor = commands.add_parser("doctor", help="what is installed and usable, and how to mend it")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
+    bench.add_argument("name", nargs="?", help="which one; without it they are listed")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
+    return parser
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command == "demo":
+        from aat_hf import demo
+
+        return demo.run(args)
+    if args.command == "doctor":
+        from aat_hf import doctor
+
+        return doctor.run(as_json=args.json)
+    return _bench(args.name, args.rest)
+
+
+def _bench(name: str | None, rest: list[str]) -> int:
+    """Run `aat_hf.bench.NAME`, or list what there is."""
+    package = importlib.import_module("aat_hf.bench")
+    known = sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
+    )
+    if name not in known:
+        wanted = name not in (None, "-h", "--help")
+        message = f"no benchmark {name!r}; " if wanted else ""
+        listing = ", ".join(known) or "none are installed"
+        print(f"{message}benchmarks: {listing}", file=sys.stderr if wanted else sys.stdout)
+        return 2 if wanted else 0
+    status = importlib.import_module(f"aat_hf.bench.{name}").main(rest)
+    return int(status or 0)
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the error's message says what to do."""
+    from aat_hf.data import ModelUnavailableError, TextUnavailableError
+
+    return isinstance(error, (ModelUnavailableError, TextUnavailableError, ValueError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

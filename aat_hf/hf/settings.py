@@ -1,0 +1,67 @@
+"""Where a model's settings live: the plain dict `config.aat`, changed by `configure`, read at every call."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from aat_hf.config import AATConfig
+
+
+def configure(target: nn.Module | PreTrainedConfig, **changes: Any) -> AATConfig:
+    """Change the settings of a model (or model config) and return those now in force.
+
+    They are kept as a plain dict in `config.aat` (of the config and its nested ones), so `save_pretrained` and
+    `from_pretrained` carry them.
+
+    Raises:
+        ValueError: an unknown field or a value out of range; nothing is changed.
+    """
+    configs = list(_configs(target))
+    if not configs:
+        raise TypeError(f"{type(target).__name__} has no Transformers config: pass a model or a config")
+    settings = AATConfig.from_dict(getattr(configs[0], "aat", None) or {}).replace(**changes)
+    defaults = AATConfig().to_dict()
+    stored = {name: value for name, value in settings.to_dict().items() if value != defaults[name]}
+    for config in configs:
+        config.aat = dict(stored)
+    return settings
+
+
+def settings_of(config: Any, layer_idx: int | None = None) -> AATConfig:
+    """The settings in force for one layer: `config.aat`, then its layer override, then the environment."""
+    stored = getattr(config, "aat", None) or {}
+    return _settings(json.dumps(stored, sort_keys=True), layer_idx, _environment())
+
+
+@lru_cache(maxsize=4096)
+def _settings(stored: str, layer_idx: int | None, environment: tuple[tuple[str, str], ...]) -> AATConfig:
+    settings = AATConfig.from_dict(json.loads(stored)).for_layer(layer_idx)
+    return settings.with_environment() if environment else settings
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in os.environ.items() if name.startswith("AAT_"))
+
+
+def _configs(target: nn.Module | PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The config of `target` and every nested one, each once."""
+    roots = (
+        [target]
+        if isinstance(target, PreTrainedConfig)
+        else [getattr(m, "config", None) for m in target.modules()]
+    )
+    seen: set[int] = set()
+    while roots:
+        config = roots.pop(0)
+        if not isinstance(config, PreTrainedConfig) or id(config) in seen:
+            continue
+        seen.add(id(config))
+        yield config
+        roots += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]

@@ -1,0 +1,135 @@
+"""Exact attention with every feature: PyTorch's SDPA where it can, else eager in pieces of rows; never N x N masks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+
+from aat_hf.kernels.reference import reference_attention
+from aat_hf.tiling.masks import AttentionMask, IntervalMask
+
+_CHUNK_ELEMENTS = 1 << 24  # mask or score elements held at a time
+
+
+class Extras(NamedTuple):
+    """Features of a call beyond q, k, v, mask and scale.
+
+    Attributes:
+        softcap: c in c * tanh(score / c).
+        sinks: (heads,) logits of a virtual key without a value.
+        bias: added to the scores, broadcastable to (batch, heads, queries, keys).
+        dropout: probability of dropping an attention weight.
+    """
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+
+
+class DenseResult(NamedTuple):
+    """output (batch, heads, queries, value_dim); lse (batch, heads, queries) and weights where asked for."""
+
+    output: Tensor
+    lse: Tensor | None
+    weights: Tensor | None
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    extras: Extras | None = None,
+    need_lse: bool = False,
+    need_weights: bool = False,
+) -> DenseResult:
+    """softmax attention over every allowed key; shapes as in `reference_attention`.
+
+    A row without allowed keys gives output 0 and log-sum-exp -inf, with finite gradients.
+    """
+    extras = extras or Extras()
+    plain = extras.softcap is None and extras.sinks is None and extras.bias is None
+    if plain and not need_lse and not need_weights:
+        return DenseResult(_sdpa(q, k, v, mask, scale, extras.dropout), None, None)
+    step = q.shape[2] if need_weights else _rows_per_chunk(q, k)
+    parts = [
+        _eager_rows(q, k, v, mask, scale, extras, rows)
+        for rows in torch.arange(q.shape[2], device=q.device).split(max(1, step))
+    ]
+    output, lse, weights = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return DenseResult(output, lse, weights if need_weights else None)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    kind = interval_kind(mask)
+    if kind is not None:
+        return scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=kind == "causal", scale=scale
+        )
+    rows = torch.arange(q.shape[2], device=q.device)
+    step = max(1, _CHUNK_ELEMENTS // (mask.batch * mask.heads * k.shape[2]))
+    parts = []
+    for part in rows.split(step):
+        low, high = mask.key_range(part)
+        high = max(high, low + 1)
+        allowed = mask.rows(part)[..., low:high]
+        alive = allowed.any(-1, keepdim=True)
+        out = scaled_dot_product_attention(
+            q[:, :, part],
+            k[:, :, low:high],
+            v[:, :, low:high],
+            attn_mask=allowed | ~alive,
+            dropout_p=dropout,
+            scale=scale,
+        )
+        parts.append(torch.where(alive, out, torch.zeros((), dtype=out.dtype, device=out.device)))
+    return torch.cat(parts, 2)
+
+
+def interval_kind(mask: AttentionMask) -> str | None:
+    """ "full" or "causal" (square) where SDPA needs no mask tensor, else None."""
+    if not isinstance(mask, IntervalMask) or bool((mask.first > 0).any()):
+        return None
+    if mask.key_valid is not None and not bool(mask.key_valid.all()):
+        return None
+    if bool((mask.last == mask.keys).all()):
+        return "full"
+    ramp = torch.arange(mask.queries, device=mask.device) + 1
+    return "causal" if mask.queries == mask.keys and bool((mask.last == ramp).all()) else None
+
+
+def _eager_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, extras: Extras, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = None if extras.bias is None else extras.bias.expand(*extras.bias.shape[:2], q.shape[2], k.shape[2])
+    output, lse, weights = reference_attention(
+        q[:, :, rows].to(dtype),
+        k.to(dtype),
+        v.to(dtype),
+        mask.rows(rows),
+        scale,
+        extras.softcap,
+        extras.sinks,
+        None if bias is None else bias[:, :, rows].to(dtype),
+    )
+    if extras.dropout:
+        weights = drop(weights, extras.dropout)
+        output = weights @ _repeat(v, q.shape[1]).to(dtype)
+    return output.to(v.dtype), lse, weights.to(q.dtype)
+
+
+def _rows_per_chunk(q: Tensor, k: Tensor) -> int:
+    return _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2])
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """Key/value heads repeated for SDPA: (batch, heads, keys, dim)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

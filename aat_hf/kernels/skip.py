@@ -1,0 +1,94 @@
+"""Exact-ish attention: every score is computed, tiles far below the running maximum are skipped, the loss is bounded.
+
+Tiles are visited in the order sink, diagonal, then backwards. A tile is skipped for a whole query tile when each of
+its rows has its tile maximum below the running maximum by log(1 / epsilon). The probability a row loses is at most
+sum over skipped tiles of n exp(tile maximum - log-sum-exp kept): a certificate, not an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aat_hf.tiling.layout import tiles
+from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.tile_map import EXACT, TileMap
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class SkipResult(NamedTuple):
+    """tile_map: tiles not skipped; bound: (batch, heads, queries) certified upper bound of the lost probability."""
+
+    tile_map: TileMap
+    bound: Tensor
+
+
+@torch.no_grad()
+def skip_map(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    epsilon: float,
+    query_tile: int,
+    key_tile: int,
+    scale: float,
+    softcap: float | None = None,
+) -> SkipResult:
+    """Which tiles the skip rule keeps at `epsilon`, and the certificate; q, k as in `gather_attention`."""
+    states = mask.tile_states(query_tile, key_tile)
+    step = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2] * query_tile)) * query_tile
+    kept, bound = [], []
+    for rows in torch.arange(q.shape[2], device=q.device).split(step):
+        top, mass = _tile_maximum(q, k, mask, rows, key_tile, scale, softcap)
+        keep = _visit(top, query_tile, epsilon)  # [B, H, tiles, nk]
+        row_keep = keep.repeat_interleave(query_tile, 2)[:, :, : len(rows)]
+        lse = torch.logsumexp(mass.masked_fill(~row_keep, float("-inf")), -1, keepdim=True)
+        lost = torch.exp(top - lse.nan_to_num(neginf=0.0)).masked_fill(row_keep, 0.0).sum(-1) * key_tile
+        kept.append(keep)
+        bound.append((lost / (1 + lost)).nan_to_num(nan=1.0))
+    levels = torch.cat(kept, 2).to(torch.uint8) * EXACT
+    return SkipResult(TileMap.from_dense(levels, states, query_tile, key_tile), torch.cat(bound, 2))
+
+
+def _tile_maximum(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Maximum and log-sum-exp of each tile for each row: two (batch, heads, R, key_tiles)."""
+    group = q.shape[1] // k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_rows = q[:, :, rows].unflatten(1, (-1, group)).to(dtype) * scale
+    scores = (q_rows @ k.to(dtype)[:, :, None].mT).flatten(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask.rows(rows), float("-inf"))
+    padded = torch.nn.functional.pad(scores, (0, -k.shape[2] % key_tile), value=float("-inf"))
+    by_tile = padded.unflatten(-1, (tiles(k.shape[2], key_tile), key_tile))
+    return by_tile.amax(-1), torch.logsumexp(by_tile, -1)
+
+
+def _visit(top: Tensor, query_tile: int, epsilon: float) -> Tensor:
+    """Keep decision (batch, heads, query_tiles, key_tiles) from the tile maxima (batch, heads, R, key_tiles)."""
+    key_tiles = top.shape[-1]
+    order = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(key_tiles - 1, 0, -1)]).to(top.device)
+    ordered = top[..., order]
+    running = torch.cummax(ordered, -1).values
+    before = torch.nn.functional.pad(running[..., :-1], (1, 0), value=float("-inf"))
+    below = ordered < before + (math.log(epsilon) if epsilon > 0 else float("-inf"))
+    padding = -below.shape[2] % query_tile
+    below = (
+        torch.nn.functional.pad(below, (0, 0, 0, padding), value=True).unflatten(2, (-1, query_tile)).all(3)
+    )
+    below = below | (ordered == float("-inf")).all(2, keepdim=True)
+    kept = torch.empty_like(below)
+    kept[..., order] = ~below
+    return kept
