@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: setup demo doctor test lint types check clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 

@@ -60,9 +60,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 def _bench(name: str | None, rest: list[str]) -> int:
     """Run `aat_hf.bench.NAME`, or list what there is."""
     package = importlib.import_module("aat_hf.bench")
-    known = sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
-    )
+    known = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
     if name not in known:
         wanted = name not in (None, "-h", "--help")
         message = f"no benchmark {name!r}; " if wanted else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,8 @@ class Outcome:
     Attributes:
         tokens: Length of the text.
         density: Share of the allowed tiles that were computed.
-        infidelity: Audited lost probability, mean and half-width of its confidence interval.
+        infidelity: Audited lost probability, mean and half-width of its confidence interval; None
+            when nothing was tiled, so that nothing is lost.
         quality: Likelihoods and agreement.
         attention_seconds: Inside the attention functions: dense, aat.
         total_seconds: Of whole passes: dense, aat.
@@ -41,7 +43,7 @@ class Outcome:
 
     tokens: int
     density: float
-    infidelity: tuple[float, float]
+    infidelity: tuple[float, float] | None
     quality: Quality
     attention_seconds: tuple[float, float]
     total_seconds: tuple[float, float]
@@ -136,7 +138,7 @@ def measure(model: PreTrainedModel, input_ids: Tensor) -> tuple[Outcome, Any]:
     outcome = Outcome(
         tokens=input_ids.shape[1],
         density=float(report.density),
-        infidelity=(float(mean), float(half_width)),
+        infidelity=(float(mean), float(half_width)) if math.isfinite(mean) else None,
         quality=found,
         attention_seconds=_fastest(dense_times, aat_times, lambda one: one.attention_seconds),
         total_seconds=_fastest(dense_times, aat_times, lambda one: one.total_seconds),
@@ -159,14 +161,15 @@ def _fastest(dense: Sequence[Pass], aat: Sequence[Pass], of: Callable[[Pass], fl
 def render(outcome: Outcome) -> str:
     """The table of numbers."""
     found = outcome.quality
-    mean, half_width = outcome.infidelity
+    lost = outcome.infidelity
+    audited = "not audited" if lost is None else f"{lost[0]:.4f} ± {lost[1]:.4f}"
     ways = ", ".join(f"{count} {path}" for path, count in sorted(outcome.paths.items()))
     rows = [
         ("", "dense (sdpa)", "aat", ""),
         ("tokens", str(outcome.tokens), str(outcome.tokens), ""),
         ("layers", "", ways, ""),
         ("density of tiles", "1", f"{outcome.density:.3f}", ""),
-        ("lost probability (audited)", "0", f"{mean:.4f} ± {half_width:.4f}", ""),
+        ("lost probability (audited)", "0", audited, ""),
         (
             "NLL, nats per token",
             f"{found.nll_dense:.4f}",
@@ -179,9 +182,7 @@ def render(outcome: Outcome) -> str:
         _times("whole pass, seconds", outcome.total_seconds),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * (sum(widths) + 6))
     lines += [f"not tiled ({count} layers): {reason}" for reason, count in outcome.reasons.items()]
     return "\n".join(lines)

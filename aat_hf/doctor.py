@@ -72,9 +72,7 @@ def examine() -> list[Finding]:
         try:
             findings += look()
         except Exception as error:  # a broken install must not keep the rest from being told
-            findings.append(
-                Finding(group, "check", MISSING, f"{type(error).__name__}: {error}", _reinstall())
-            )
+            findings.append(Finding(group, "check", MISSING, f"{type(error).__name__}: {error}", _reinstall()))
     return findings
 
 

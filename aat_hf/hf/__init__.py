@@ -1,0 +1,1 @@
+"""Transformers: attention and mask functions, settings, guard, module."""

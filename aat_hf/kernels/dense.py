@@ -94,7 +94,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dr
 
 
 def interval_kind(mask: AttentionMask) -> str | None:
-    """ "full" or "causal" (square) where SDPA needs no mask tensor, else None."""
+    """Return "full" or "causal" (square) where SDPA needs no mask tensor, else None."""
     if not isinstance(mask, IntervalMask) or bool((mask.first > 0).any()):
         return None
     if mask.key_valid is not None and not bool(mask.key_valid.all()):

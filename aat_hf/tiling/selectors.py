@@ -65,7 +65,7 @@ def pooled(scene: Scene) -> Tensor:
 
 def box(scene: Scene) -> Tensor:
     """softmax of the upper bound sum_d max(q_d kmin_d, q_d kmax_d) at the mean query (Quest, Tang et al. 2024)."""
-    k = tile_keys(scene.k, scene.config.key_tile).float()
+    k = tile_keys(_wide(scene.k), scene.config.key_tile)
     exists = torch.arange(k.shape[2] * k.shape[3], device=k.device).view(k.shape[2:4]) < scene.k.shape[2]
     low = k.masked_fill(~exists[..., None], float("inf")).amin(3)
     high = k.masked_fill(~exists[..., None], float("-inf")).amax(3)
@@ -75,9 +75,9 @@ def box(scene: Scene) -> Tensor:
 
 def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
     """Sums of scores along antidiagonals of `stride` x `stride` blocks (XAttention, Xu et al. 2025)."""
-    batch, heads, queries, dim = scene.q.shape
-    q = torch.nn.functional.pad(scene.q, (0, 0, 0, -queries % scene.config.query_tile)).float()
-    k = tile_keys(scene.k, scene.config.key_tile).flatten(2, 3).float()
+    batch, heads, queries, _ = scene.q.shape
+    q = torch.nn.functional.pad(_wide(scene.q), (0, 0, 0, -queries % scene.config.query_tile))
+    k = tile_keys(_wide(scene.k), scene.config.key_tile).flatten(2, 3)
     q = q.unflatten(2, (-1, stride)).flatten(3)  # [B, H, queries / stride, stride * D]
     k = k.unflatten(2, (-1, stride)).flip(3).flatten(3)
     scores = (group_heads(q, k.shape[1]) @ k.mT * (scene.scale / stride)).view(batch, heads, q.shape[2], -1)
@@ -100,6 +100,10 @@ def _measured(scene: Scene, stride: int) -> Tensor:
 def _mean_queries(scene: Scene) -> Tensor:
     """Mean query of each query tile: (batch, heads, query_tiles, head_dim)."""
     return summarise(scene.q, scene.config.query_tile, 1).mean[..., 0, :]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_head(scene: Scene, q: Tensor) -> Tensor:

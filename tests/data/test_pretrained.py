@@ -134,9 +134,7 @@ def test_offline_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(
-        pretrained.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the Hub")
-    )
+    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the Hub"))
     assert not pretrained._hub_answers()
 
 

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aat_hf.config import AATConfig
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small() -> AATConfig:
+    """Settings that tile even a few hundred tokens."""
+    return AATConfig(
+        tolerance=0.1, query_tile=32, key_tile=32, min_length=0, dense_prefix=0, max_kept=1.0, sample_stride=8
+    )
+
+
+def peaked(batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype=torch.float32):
+    """q, k, v whose attention is concentrated on few far tiles, so that a selector has something to drop."""
+    k = torch.randn(batch, kv_heads, keys, dim, dtype=torch.float64)
+    topic = torch.randn(batch, kv_heads, -(-keys // 48), dim, dtype=torch.float64).repeat_interleave(48, 2)[:, :, :keys]
+    k = k * 0.3 + topic
+    pick = (torch.randint(0, keys, (-(-queries // 16),)) // 96 * 96).repeat_interleave(16)[:queries]
+    q = k[:, :, pick].repeat_interleave(heads // kv_heads, 1) * 1.5 + 0.1 * torch.randn(batch, heads, queries, dim)
+    v = torch.randn(batch, kv_heads, keys, dim, dtype=torch.float64)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
