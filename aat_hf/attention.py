@@ -106,9 +106,7 @@ def tiled_attention(
     if reason is not None or tile_map is None:
         with stages("dense"):
             output, lse, weights = dense_attention(q, k, v, mask, scale, extras, need_lse, need_weights)
-        return TiledAttentionResult(
-            output, lse, None, None, "dense", reason, weights, stages=stages.milliseconds()
-        )
+        return TiledAttentionResult(output, lse, None, None, "dense", reason, weights, stages=stages.milliseconds())
     with stages("compute"):
         output, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
         output, lse = _with_coarse_and_sinks(output, lse_kept, q, k, v, tile_map, config, scale, extras)
@@ -150,9 +148,7 @@ def plan(
 ) -> tuple[TileMap | None, Tensor]:
     """The tile map and the infidelity (batch, heads) expected of it; no map when nothing could be dropped."""
     if config.mode == "skip":
-        kept = skip_map(
-            q, k, mask, config.tolerance / 2, config.query_tile, config.key_tile, scale, extras.softcap
-        )
+        kept = skip_map(q, k, mask, config.tolerance / 2, config.query_tile, config.key_tile, scale, extras.softcap)
         return kept.tile_map, kept.bound.mean(-1)
     states = mask.tile_states(config.query_tile, config.key_tile)
     forced = forced_tiles(mask, states, config)
@@ -174,9 +170,7 @@ def _select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
     kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
     if not config.control_rows:
         return kept
-    rows = random_rows(
-        scene.q.shape[2], config.control_rows, config.seed, scene.q.device, _measured_rows(scene)
-    )
+    rows = random_rows(scene.q.shape[2], config.control_rows, config.seed, scene.q.device, _measured_rows(scene))
     log_mass = tile_log_mass(scene.q, scene.k, scene.mask, rows, config.key_tile, scene.scale, scene.softcap)
     born = born_probabilities(log_mass, scene.sinks)
     for _ in range(_PASSES - 1):
@@ -226,9 +220,7 @@ def _with_coarse_and_sinks(
     extras: Extras,
 ) -> tuple[Tensor, Tensor]:
     if config.coarse:
-        output, lse = merge_attention(
-            (output, lse), coarse_attention(q, k, v, tile_map, scale, extras.softcap)
-        )
+        output, lse = merge_attention((output, lse), coarse_attention(q, k, v, tile_map, scale, extras.softcap))
     if extras.sinks is not None:
         sink = extras.sinks.to(lse)[None, :, None].expand_as(lse)
         output, lse = merge_attention((output, lse), (torch.zeros_like(output), sink))

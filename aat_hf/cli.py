@@ -21,10 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (RuntimeError, ValueError) as error:
-        # What the user can mend is told in a line; anything else keeps its traceback.
-        if not _is_for_the_user(error):
-            raise
+    except _errors_for_the_user() as error:  # anything else is a bug and keeps its traceback
         print(f"aat: {error}", file=sys.stderr)
         return 1
 
@@ -71,11 +68,13 @@ def _bench(name: str | None, rest: list[str]) -> int:
     return int(status or 0)
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether the error's message says what to do."""
+def _errors_for_the_user() -> tuple[type[Exception], ...]:
+    """Errors whose message says what to do."""
+    from aat_hf.compare import ComparisonError
     from aat_hf.data import ModelUnavailableError, TextUnavailableError
+    from aat_hf.errors import UnsupportedAttentionError
 
-    return isinstance(error, (ModelUnavailableError, TextUnavailableError, ValueError))
+    return ModelUnavailableError, TextUnavailableError, UnsupportedAttentionError, ComparisonError
 
 
 if __name__ == "__main__":

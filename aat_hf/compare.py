@@ -16,6 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
+class ComparisonError(RuntimeError):
+    """The model cannot be compared, or one of its outputs makes no sense."""
+
+
 @dataclass
 class AttentionClock:
     """Seconds spent inside one registered attention function.
@@ -126,7 +130,7 @@ def run_pass(
         on_call: Told how many attention calls have been made, after each.
 
     Raises:
-        ValueError: The model's logits are not those of its head on its last hidden state.
+        ComparisonError: The model's logits are not those of its head on its last hidden state.
     """
     model.set_attn_implementation(implementation)
     captured: list[Tensor] = []
@@ -147,7 +151,7 @@ def run_pass(
     total = time.perf_counter() - start
     hidden = captured[0][0]
     if not torch.allclose(head_logits(model, hidden[-1:])[0], logits.float(), rtol=0.02, atol=0.02):
-        raise ValueError(
+        raise ComparisonError(
             f"{type(model).__name__} changes its logits after the head in a way that is not known "
             "here: compare another model"
         )
@@ -162,7 +166,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits in float32 from hidden states: (positions, hidden) to (positions, vocabulary)."""
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no language model head")
+        raise ComparisonError(f"{type(model).__name__} has no language model head")
     logits: Tensor = head(hidden).float()
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -197,7 +201,7 @@ def quality(
     targets = input_ids[0, 1:]
     positions = targets.shape[0]
     if positions == 0:
-        raise ValueError("two tokens at least are needed to predict one")
+        raise ComparisonError("two tokens at least are needed to predict one")
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, positions, chunk):
         rows = slice(start, min(start + chunk, positions))
@@ -215,5 +219,5 @@ def quality(
             on_position(rows.stop)
     nll_dense, nll_aat, kl, agreement = (sums / positions).tolist()
     if not math.isfinite(nll_dense + nll_aat):
-        raise ValueError("a likelihood is not finite: the model or its attention is broken")
+        raise ComparisonError("a likelihood is not finite: the model or its attention is broken")
     return Quality(nll_dense, nll_aat, kl, agreement, positions)

@@ -93,9 +93,7 @@ class AATConfig:
         if not isinstance(self.selector, str) or not self.selector:
             raise ValueError(f"AATConfig.selector = {self.selector!r}: must be the name of a selector")
         if self.key_tile % self.subtiles:
-            raise ValueError(
-                f"AATConfig.subtiles = {self.subtiles!r}: must divide key_tile = {self.key_tile}"
-            )
+            raise ValueError(f"AATConfig.subtiles = {self.subtiles!r}: must divide key_tile = {self.key_tile}")
         object.__setattr__(self, "layers", _layers(self.layers))
         for changes in self.layers.values():
             dataclasses.replace(self, layers={}, **changes)
@@ -213,9 +211,7 @@ def _layers(layers: Any) -> dict[int, dict[str, Any]]:
     result: dict[int, dict[str, Any]] = {}
     for layer, changes in layers.items():
         if not str(layer).isdigit() or not isinstance(changes, Mapping):
-            raise ValueError(
-                f"AATConfig.layers[{layer!r}] = {changes!r}: must be {{layer_idx >= 0: {{field: value}}}}"
-            )
+            raise ValueError(f"AATConfig.layers[{layer!r}] = {changes!r}: must be {{layer_idx >= 0: {{field: value}}}}")
         _known(changes)
         if "layers" in changes:
             raise ValueError(f"AATConfig.layers[{layer}]: 'layers' cannot be nested")

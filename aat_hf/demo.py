@@ -55,29 +55,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the demo's options."""
     parser.add_argument("--model", help="folder or name on the Hub (SmolLM2-135M-Instruct)")
     parser.add_argument("--text", type=Path, help="UTF-8 file (the standard library's source)")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the text (4096)")
-    parser.add_argument("--tolerance", type=float, help="probability that may be lost")
+    parser.add_argument("--tokens", type=_token_count, default=4096, help="length of the text (4096)")
+    parser.add_argument("--tolerance", type=_tolerance, help="probability that may be lost")
     parser.add_argument("--layer", type=int, help="layer of the tile map shown")
     parser.add_argument("--head", type=int, help="head of the tile map shown")
     parser.add_argument("--device", help="cpu, cuda ... (an accelerator when there is one)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=_new_file, help="also write the numbers to this file")
+
+
+def _token_count(text: str) -> int:
+    count = int(text)
+    if count < 2:
+        raise argparse.ArgumentTypeError(f"{count}: two tokens at least are needed")
+    return count
+
+
+def _tolerance(text: str) -> float:
+    try:
+        return aat_hf.AATConfig(tolerance=float(text)).tolerance
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.resolve().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: give a file in a folder that exists")
+    return path
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; the process's exit status."""
-    if args.tokens < 2:
-        raise ValueError(f"--tokens {args.tokens}: two tokens at least are needed")
     model, tokenizer = load_model(args.model, args.device)
     input_ids = encode(model, tokenizer, args.text, args.tokens)
-    settings = {} if args.tolerance is None else {"tolerance": args.tolerance}
-    aat_hf.configure(model, **settings)
+    changes = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    settings = aat_hf.configure(model, **changes)
     outcome, report = measure(model, input_ids)
+    details = describe(args, model, settings)
+    print("{model} on {device} ({dtype}), tolerance {tolerance}".format(**details))
     print(render(outcome))
     print()
     print(render_map(report, args.layer, args.head))
     if args.json is not None:
-        details = describe(args, model) | asdict(outcome)
-        args.json.write_text(json.dumps(details, indent=2) + "\n", "utf-8")
+        args.json.write_text(json.dumps(details | asdict(outcome), indent=2) + "\n", "utf-8")
         notice(f"Wrote {args.json}")
     return 0
 
@@ -194,12 +214,13 @@ def _times(title: str, seconds: tuple[float, float]) -> tuple[str, str, str, str
     return title, f"{dense:.3f}", f"{aat:.3f}", f"{dense / aat:.2f}x" if aat > 0 else ""
 
 
-def describe(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+def describe(args: argparse.Namespace, model: PreTrainedModel, settings: aat_hf.AATConfig) -> dict[str, Any]:
     """What was run, and on what, for the JSON file."""
     return {
-        "model": args.model or str(model.config._name_or_path),
+        "model": args.model or Path(model.config._name_or_path).name,
         "text": str(args.text) if args.text else "Python standard library",
-        "aat": getattr(model.config, "aat", None),
+        "tolerance": settings.tolerance,
+        "aat": settings.to_dict(),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

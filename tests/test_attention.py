@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import peaked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,6 @@ from aat_hf import AATConfig, register_selector, tiled_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.tiling.masks import FunctionMask, IntervalMask, causal_mask
 from aat_hf.tiling.selectors import SELECTORS
-from conftest import peaked
 
 SHAPES = [(1, 2, 2, 300, 300, 32), (2, 4, 2, 257, 257, 33), (1, 4, 1, 123, 519, 64), (1, 2, 1, 200, 90, 7)]
 
@@ -62,7 +62,7 @@ def test_every_selector_keeps_what_it_promises(selector, small):
     assert result.path == "tiled"
     assert result.tile_map.density.mean() < 0.95
     assert result.audit.mean.mean() <= 0.05 * 1.2  # the control rows repair what a weak estimate loses
-    expected, lse, _ = oracle(q, k, v, causal(1024, 1024))
+    _, lse, _ = oracle(q, k, v, causal(1024, 1024))
     true_loss = -torch.expm1(result.lse.double() - lse).mean(-1)
     inside = (result.audit.mean - true_loss).abs() <= result.audit.half_width + 1e-6
     assert inside.float().mean() >= 0.75
@@ -147,7 +147,9 @@ def test_half_precision_is_computed_in_float32(dtype, small):
 
 
 def test_a_users_own_selector(small):
-    register_selector("first_half", lambda scene: torch.ones_like(scene.states, dtype=torch.float32).expand(1, 2, -1, -1))
+    register_selector(
+        "first_half", lambda scene: torch.ones_like(scene.states, dtype=torch.float32).expand(1, 2, -1, -1)
+    )
     try:
         q, k, v = peaked(1, 2, 2, 300, 300, 16)
         result = tiled_attention(q, k, v, config=small.replace(selector="first_half", control_rows=0))
@@ -190,7 +192,9 @@ def test_bad_masks_are_named():
     with pytest.raises(TypeError, match=r"torch\.int64"):
         tiled_attention(q, k, v, attn_mask=torch.ones(20, 20, dtype=torch.long))
     with pytest.raises(ValueError, match="selector"):
-        tiled_attention(*peaked(1, 2, 2, 300, 300, 8), config=AATConfig(selector="no such", min_length=0, dense_prefix=0))
+        tiled_attention(
+            *peaked(1, 2, 2, 300, 300, 8), config=AATConfig(selector="no such", min_length=0, dense_prefix=0)
+        )
 
 
 @st.composite

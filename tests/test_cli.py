@@ -64,9 +64,41 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
         cli.main(["demo"])
 
 
-def test_demo_refuses_an_empty_text(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["demo", "--tokens", "1"]) == 1
-    assert "--tokens 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--tokens", "1", "two tokens"),
+        ("--tolerance", "1.5", "tolerance"),
+        ("--tolerance", "much", "much"),
+        ("--json", "no/such/folder/x.json", "folder that exists"),
+    ],
+)
+def test_demo_refuses_bad_options_at_once(capsys: pytest.CaptureFixture[str], option: str, value: str, said: str):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["demo", option, value])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_demo_on_a_random_model(
+    tiny: LlamaForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def tokenize(text: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) % 61 for letter in text])
+
+    monkeypatch.setattr(demo, "load_model", lambda name, device: (tiny, tokenize))
+    written = tmp_path / "out.json"
+    assert cli.main(["demo", "--tokens", "600", "--json", str(written)]) == 0
+    shown = capsys.readouterr()
+    assert "ends at 512 tokens" in shown.err
+    assert "KL(dense" in shown.out and "tolerance 0.02" in shown.out
+    found = json.loads(written.read_text())
+    assert found["tokens"] == 512
+    assert sum(found["paths"].values()) == 2
+    assert found["quality"]["kl"] == pytest.approx(0, abs=1e-3)
 
 
 def test_demo_names_a_missing_folder(capsys: pytest.CaptureFixture[str]):
@@ -145,7 +177,7 @@ def test_quality_equals_the_whole_computation(tiny: LlamaForCausalLM):
 def test_changed_logits_are_noticed(tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     head_logits = compare.head_logits
     monkeypatch.setattr(compare, "head_logits", lambda model, h: head_logits(model, h) + 1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits"):
+    with pytest.raises(compare.ComparisonError, match="LlamaForCausalLM changes its logits"):
         compare.run_pass(tiny, torch.arange(13)[None], "sdpa")
 
 

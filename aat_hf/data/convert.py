@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import zipfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from aat_hf.data.progress import progress, quiet_transformers
@@ -45,7 +47,8 @@ def convert_gguf(gguf: Path, made: Path, title: str) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             update(1)
-            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            with redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+                loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         except (ImportError, OSError, ValueError) as error:
             raise ModelUnavailableError(
                 f"{title} could not be converted ({error}): pip install -U 'aat-hf[demo]' and try again"

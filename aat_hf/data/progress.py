@@ -63,7 +63,7 @@ def _rich_progress(title: str, total: float) -> Iterator[Update]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(file=sys.stderr)) as bars:
         task = bars.add_task(title, total=total if total > 0 else None)
         yield lambda done: bars.update(task, completed=done)
         bars.update(task, total=max(total, 1.0), completed=max(total, 1.0))

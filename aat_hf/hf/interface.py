@@ -137,9 +137,7 @@ def _compiled(
         allowed = mask | ~alive
         if bias is not None:
             allowed = bias.to(query.dtype).masked_fill(~allowed, float("-inf"))
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale
-        )
+        output = scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
         return (output * alive).transpose(1, 2).contiguous(), None
     wide = torch.promote_types(query.dtype, torch.float32)
     output, _, weights = reference_attention(

@@ -47,7 +47,7 @@ class LazyMask:
         kv_length: int,
         q_offset: int | Tensor = 0,
         kv_offset: int = 0,
-        mask_function: Callable[..., Tensor] = masking_utils.causal_mask_function,
+        mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
         attention_mask: Tensor | None = None,
         use_vmap: bool = False,
         device: torch.device | str = "cpu",
@@ -89,11 +89,11 @@ class LazyMask:
         """The mask as bool (batch, 1, queries, keys)."""
         if self._interpreted is not None:
             return self._interpreted.rows(torch.arange(self.shape[2], device=self.device)).expand(self.shape)
-        tensor: Tensor = sdpa_mask(
+        tensor = sdpa_mask(
             batch_size=self.shape[0],
             q_length=self.shape[2],
             kv_length=self.shape[3],
-            q_offset=self.q_offset,
+            q_offset=self.q_offset,  # type: ignore[arg-type]  # the library passes tensors too
             kv_offset=self.kv_offset,
             mask_function=self.mask_function,
             attention_mask=self.padding,
@@ -102,6 +102,7 @@ class LazyMask:
             use_vmap=self.use_vmap,
             device=self.device,
         )
+        assert tensor is not None  # skipping is off
         return tensor.expand(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -159,7 +160,7 @@ def _predicate(mask: LazyMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Ten
     return allowed
 
 
-def _bounds(function: Callable[..., Tensor], position: Tensor, packed: Tensor | None = None) -> Bounds | None:
+def _bounds(function: Callable[..., Any], position: Tensor, packed: Tensor | None = None) -> Bounds | None:
     """Visible key positions of queries at `position` (batch or 1, queries) under a known rule, else None."""
     low, high = torch.zeros_like(position), torch.full_like(position, _FAR)
     if function is masking_utils.causal_mask_function:
@@ -188,7 +189,7 @@ def _bounds(function: Callable[..., Tensor], position: Tensor, packed: Tensor | 
     return None
 
 
-def _all(functions: tuple[Callable[..., Tensor], ...], position: Tensor) -> Bounds | None:
+def _all(functions: tuple[Callable[..., Any], ...], position: Tensor) -> Bounds | None:
     """Intersection of the bounds of all functions; None if one is unknown."""
     packed = None
     for function in functions:
@@ -211,7 +212,7 @@ def _documents(ids: Tensor) -> Bounds | None:
     return torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True)
 
 
-def _remapped(function: Callable[..., Tensor], positions: Tensor, packed: Tensor) -> Bounds | None:
+def _remapped(function: Callable[..., Any], positions: Tensor, packed: Tensor) -> Bounds | None:
     """Bounds of a rule that counts positions inside each document; None unless they count up by one."""
     same = packed.diff(dim=-1) == 0
     if bool(((positions.diff(dim=-1) != 1) & same).any()):

@@ -36,9 +36,7 @@ class QuantumGeometricAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if hidden_dim <= 0 or num_heads <= 0 or hidden_dim % num_heads:
-            raise ValueError(
-                f"hidden_dim = {hidden_dim}: must be a positive multiple of num_heads = {num_heads}"
-            )
+            raise ValueError(f"hidden_dim = {hidden_dim}: must be a positive multiple of num_heads = {num_heads}")
         if num_kv_heads <= 0 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.is_causal = num_heads, num_kv_heads, is_causal
@@ -80,9 +78,7 @@ class QuantumGeometricAttention(nn.Module):
             "reason": last.reason,
             "density": 1.0 if last.tile_map is None else float(last.tile_map.density.mean()),
             "estimated_infidelity": 0.0 if last.estimated is None else float(last.estimated.mean()),
-            "infidelity": (0.0 if exact else None)
-            if last.audit is None
-            else float(last.audit.mean.nanmean()),
+            "infidelity": (0.0 if exact else None) if last.audit is None else float(last.audit.mean.nanmean()),
             "infidelity_half_width": None if last.audit is None else float(last.audit.half_width.nanmean()),
         }
 

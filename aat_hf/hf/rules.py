@@ -32,9 +32,7 @@ _PADDING = _code(library.padding_mask_function(torch.zeros(1, 1)))
 _PACKED = _code(library.packed_sequence_mask_function(torch.zeros(1, 1)))
 _REMAP: object = None  # older releases do not remap positions
 if hasattr(library, "remap_positions_for_packed_sequence"):
-    _REMAP = _code(
-        library.remap_positions_for_packed_sequence(library.causal_mask_function, torch.zeros(1, 1))
-    )
+    _REMAP = _code(library.remap_positions_for_packed_sequence(library.causal_mask_function, torch.zeros(1, 1)))
 
 
 class UnknownRuleError(Exception):
@@ -177,9 +175,7 @@ def _remapped(function: MaskFunction, ids: Tensor, rows: Rows) -> Bounds:
     return _packed(rows, runs).meet(Bounds(inner.first + shift, inner.last + shift, inner.valid))
 
 
-def evaluate(
-    function: MaskFunction, b: Tensor, h: Tensor, q: Tensor, k: Tensor, use_vmap: bool
-) -> Tensor:
+def evaluate(function: MaskFunction, b: Tensor, h: Tensor, q: Tensor, k: Tensor, use_vmap: bool) -> Tensor:
     """`function` at index tensors of broadcastable shapes: bool tensor of the broadcast shape.
 
     Args:

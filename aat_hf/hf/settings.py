@@ -52,11 +52,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 def _configs(target: nn.Module | PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """The config of `target` and every nested one, each once."""
-    roots = (
-        [target]
-        if isinstance(target, PreTrainedConfig)
-        else [getattr(m, "config", None) for m in target.modules()]
-    )
+    roots = [target] if isinstance(target, PreTrainedConfig) else [getattr(m, "config", None) for m in target.modules()]
     seen: set[int] = set()
     while roots:
         config = roots.pop(0)

@@ -70,9 +70,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dr
     k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     kind = interval_kind(mask)
     if kind is not None:
-        return scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=kind == "causal", scale=scale
-        )
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=kind == "causal", scale=scale)
     rows = torch.arange(q.shape[2], device=q.device)
     step = max(1, _CHUNK_ELEMENTS // (mask.batch * mask.heads * k.shape[2]))
     parts = []

@@ -77,9 +77,7 @@ def gather_attention(
 
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap, how: Scores
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap, how: Scores) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_tiles, k_tiles, v_tiles = _tiled(q, k, v, tile_map)
         output = torch.zeros(*q_tiles.shape[:2], v.shape[-1], dtype=dtype, device=q.device)
@@ -97,7 +95,7 @@ class _GatherAttention(torch.autograd.Function):
         return _untile(output.to(v.dtype), q), _untile(lse[..., None], q)[..., 0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         tile_map, how, dtype = ctx.tile_map, ctx.how, output.dtype
@@ -214,6 +212,4 @@ def _inside(bucket: _Bucket, tile_map: TileMap, mask: AttentionMask) -> Tensor:
     key = bucket.columns[:, : bucket.checked, None] * tile_map.key_tile
     key = (key + torch.arange(tile_map.key_tile, device=device)).flatten(1)[:, None]
     q_index = row.clamp(max=mask.queries - 1)[..., None]
-    return mask.allowed(head // heads, head % heads, q_index, key.clamp(max=mask.keys - 1)) & (
-        key < mask.keys
-    )
+    return mask.allowed(head // heads, head % heads, q_index, key.clamp(max=mask.keys - 1)) & (key < mask.keys)

@@ -85,9 +85,7 @@ def _visit(top: Tensor, query_tile: int, epsilon: float) -> Tensor:
     before = torch.nn.functional.pad(running[..., :-1], (1, 0), value=float("-inf"))
     below = ordered < before + (math.log(epsilon) if epsilon > 0 else float("-inf"))
     padding = -below.shape[2] % query_tile
-    below = (
-        torch.nn.functional.pad(below, (0, 0, 0, padding), value=True).unflatten(2, (-1, query_tile)).all(3)
-    )
+    below = torch.nn.functional.pad(below, (0, 0, 0, padding), value=True).unflatten(2, (-1, query_tile)).all(3)
     below = below | (ordered == float("-inf")).all(2, keepdim=True)
     kept = torch.empty_like(below)
     kept[..., order] = ~below

@@ -66,9 +66,7 @@ class LayerRecord:
     def update(self, result: TiledAttentionResult, pairs: int, keep_map: bool) -> None:
         """Add one call's result."""
         heads = result.output.shape[1]
-        density = (
-            torch.ones(heads) if result.tile_map is None else result.tile_map.density.mean(0).float().cpu()
-        )
+        density = torch.ones(heads) if result.tile_map is None else result.tile_map.density.mean(0).float().cpu()
         estimated = torch.zeros(heads) if result.estimated is None else result.estimated.mean(0).float().cpu()
         share = pairs / (self.pairs + pairs)
         self.density = self.density + (density - self.density) * share
@@ -167,9 +165,7 @@ class Report:
         return json.dumps(_without_nan(self.to_dict()), indent=1)
 
     def __str__(self) -> str:
-        lines = [
-            f"{'layer':<40} {'path':<6} {'calls':>5} {'density':>8} {'infidelity':>18} {'ms':>9}  reason"
-        ]
+        lines = [f"{'layer':<40} {'path':<6} {'calls':>5} {'density':>8} {'infidelity':>18} {'ms':>9}  reason"]
         for r in self.layers:
             loss = "not audited"
             if r.infidelity_mean is not None and r.infidelity_half_width is not None:

@@ -25,9 +25,7 @@ def sampled_rows(queries: int, query_tile: int, stride: int, device: torch.devic
     return (start[:, None] + within).clamp(max=queries - 1)
 
 
-def random_rows(
-    queries: int, count: int, seed: int, device: torch.device, avoid: Tensor | None = None
-) -> Tensor:
+def random_rows(queries: int, count: int, seed: int, device: torch.device, avoid: Tensor | None = None) -> Tensor:
     """One random row from each of `count` equal strata: sorted int64, at most `count` rows, none in `avoid`."""
     free = torch.ones(queries, dtype=torch.bool)
     if avoid is not None:

@@ -102,9 +102,7 @@ class IntervalMask(AttentionMask):
         row = _batch_index(b, self.first)
         first, last = self.first[row, q], self.last[_batch_index(b, self.last), q]
         inside = (k >= first) & (k < last)
-        return (
-            inside if self.key_valid is None else inside & self.key_valid[_batch_index(b, self.key_valid), k]
-        )
+        return inside if self.key_valid is None else inside & self.key_valid[_batch_index(b, self.key_valid), k]
 
     def key_range(self, rows: Tensor) -> tuple[int, int]:
         """See `AttentionMask.key_range`."""

@@ -59,9 +59,7 @@ def _chunk(
     scores = scores.masked_fill_(~mask.rows(rows)[..., :high], float("-inf"))
     scores = torch.nn.functional.pad(scores, (0, -high % key_tile), value=float("-inf"))
     mass = torch.logsumexp(scores.unflatten(-1, (-1, key_tile)), -1)
-    return torch.nn.functional.pad(
-        mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf")
-    )
+    return torch.nn.functional.pad(mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf"))
 
 
 def row_log_sum_exp(log_mass: Tensor, sinks: Tensor | None) -> Tensor:

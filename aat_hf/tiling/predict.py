@@ -60,9 +60,7 @@ def _insert_exact(
         scores = softcap * torch.tanh(scores / softcap)
     b = torch.arange(batch, device=k.device).view(-1, 1, 1, 1, 1)
     h = torch.arange(mask.heads, device=k.device).view(1, -1, 1, 1, 1)
-    inside = mask.allowed(
-        b, h, rows[None, None, :, :, None], key.clamp(max=k.shape[2] - 1)[:, None, :, None, :]
-    )
+    inside = mask.allowed(b, h, rows[None, None, :, :, None], key.clamp(max=k.shape[2] - 1)[:, None, :, None, :])
     inside = inside & (key < k.shape[2])[:, None, :, None, :]
     scores = scores.masked_fill(~inside, float("-inf")).unflatten(-1, (-1, key_tile))
     exact = torch.logsumexp(scores, -1)  # [B, H, nq, per, F]

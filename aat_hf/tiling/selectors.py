@@ -41,9 +41,7 @@ def measured(scene: Scene) -> Tensor:
 
 def moments(scene: Scene) -> Tensor:
     """Second-order prediction from sub-tile moments for every `predict_stride`-th row."""
-    mass = predicted_log_mass(
-        scene.q, scene.k, scene.mask, scene.moments, scene.config, scene.scale, scene.softcap
-    )
+    mass = predicted_log_mass(scene.q, scene.k, scene.mask, scene.moments, scene.config, scene.scale, scene.softcap)
     return mean_over_query_tiles(born_probabilities(mass, scene.sinks), scene.states.shape[2])
 
 

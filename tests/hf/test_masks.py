@@ -1,0 +1,447 @@
+"""The library's own masks are the reference: `interpret` must say the same for every row and every tile."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionMaskInterface, DynamicCache, MistralConfig, StaticCache
+from transformers import masking_utils as library
+
+from aat_hf.hf.masks import LazyMask, aat_mask, from_argument, interpret
+from aat_hf.tiling.masks import (
+    FULL,
+    NONE,
+    AttentionMask,
+    FunctionMask,
+    IntervalMask,
+    TensorMask,
+    causal_mask,
+)
+
+AttentionMaskInterface.register("aat", aat_mask)
+CPU = torch.device("cpu")
+TILES = [(4, 4), (3, 5), (16, 8), (64, 64)]
+WINDOW, CHUNK = 6, 8
+
+
+def check(mask: AttentionMask, expected: Tensor, exact: bool = True) -> None:
+    """Rows, counts and tile states of `mask` against the dense bool (batch, heads, queries, keys) `expected`."""
+    rows = torch.arange(mask.queries)
+    torch.testing.assert_close(mask.rows(rows).expand_as(expected), expected, rtol=0, atol=0)
+    alive = mask.row_has_keys()
+    torch.testing.assert_close(alive.expand(expected.shape[:-1]), expected.any(-1), rtol=0, atol=0)
+    for query_tile, key_tile in TILES:
+        counts, states = mask.counts(rows, key_tile), mask.tile_states(query_tile, key_tile)
+        for i, j in itertools.product(range(states.shape[2]), range(states.shape[3])):
+            below, right = slice(i * query_tile, (i + 1) * query_tile), slice(j * key_tile, (j + 1) * key_tile)
+            tile = expected[:, :, below, right]
+            have = states[:, :, i, j].expand(tile.shape[:2])
+            assert not tile[have == NONE].any() and tile[have == FULL].all()
+            if exact:
+                assert (have[tile.all(-1).all(-1)] == FULL).all()
+            tile_counts = counts[:, :, below, j]
+            assert torch.equal(tile_counts.expand(tile.shape[:3]), tile.sum(-1))
+
+
+def both(creator: Any, queries: int, interval: bool, batch: int = 2, **kwargs: Any) -> AttentionMask:
+    """Make a mask by a library function under "aat" and "eager", compare, and return the interpreted one."""
+    fields = dict(sliding_window=WINDOW, attention_chunk_size=CHUNK, is_causal=True)
+    embeds = torch.zeros(batch, queries, 4)
+    made = [
+        creator(SimpleNamespace(_attn_implementation=name, **fields), inputs_embeds=embeds, **kwargs)
+        for name in ("aat", "eager")
+    ]
+    lazy, additive = made
+    assert isinstance(lazy, LazyMask)
+    expected = torch.ones(lazy.shape, dtype=torch.bool) if additive is None else additive == 0
+    assert lazy.shape == expected.shape and lazy.ndim == lazy.dim() == 4 and lazy.contiguous() is lazy
+    assert torch.equal(lazy.materialise(), expected)
+    mask = interpret(lazy)
+    assert isinstance(mask, IntervalMask) == interval
+    check(mask, expected)
+    through, bias = from_argument(
+        lazy, batch=batch, heads=2, queries=queries, keys=lazy.shape[3], is_causal=True, device=CPU
+    )
+    assert bias is None
+    check(through, expected)
+    return mask
+
+
+def dense(rule: Any, batch: int, queries: int, keys: int, use_vmap: bool = False) -> Tensor:
+    """The library's own table of a rule, made without any of our code: bool (batch, 1, queries, keys)."""
+    table = library.sdpa_mask(batch, queries, keys, mask_function=rule, allow_is_causal_skip=False, use_vmap=use_vmap)
+    assert table is not None
+    return table
+
+
+CAUSAL = [
+    library.create_causal_mask,
+    library.create_sliding_window_causal_mask,
+    library.create_chunked_causal_mask,
+]
+BIDIRECTIONAL = [library.create_bidirectional_mask, library.create_bidirectional_sliding_window_mask]
+
+
+def padding(kind: str, length: int) -> Tensor | None:
+    """2-D masks of a batch of two."""
+    if kind == "none":
+        return None
+    mask = torch.ones(2, length, dtype=torch.long)
+    if kind in ("left", "both"):
+        mask[0, :5] = 0
+    if kind in ("right", "both"):
+        mask[1, -3:] = 0
+    return mask
+
+
+def filled(cache: Any, seen: int, heads: int = 1) -> Any:
+    """The cache after `seen` tokens."""
+    states = torch.zeros(2, heads, seen, 4)
+    cache.update(states, states, 0)
+    return cache
+
+
+def mistral(window: int | None = None) -> MistralConfig:
+    return MistralConfig(
+        hidden_size=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_hidden_layers=1,
+        sliding_window=window,
+    )
+
+
+@pytest.mark.parametrize("pad", ["none", "left", "right", "both", "ones"])
+@pytest.mark.parametrize("creator", CAUSAL)
+def test_causal_masks_without_a_cache(creator: Any, pad: str) -> None:
+    both(creator, 21, True, attention_mask=padding(pad, 21), past_key_values=None)
+
+
+@pytest.mark.parametrize("pad", ["none", "left", "right"])
+@pytest.mark.parametrize("creator", BIDIRECTIONAL)
+def test_bidirectional_masks(creator: Any, pad: str) -> None:
+    both(creator, 21, True, attention_mask=padding(pad, 21))
+
+
+def test_cross_attention_has_the_keys_of_the_encoder() -> None:
+    encoder = torch.zeros(2, 13, 4)
+    both(
+        library.create_bidirectional_mask,
+        5,
+        True,
+        attention_mask=padding("both", 13),
+        encoder_hidden_states=encoder,
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("pad", ["none", "left"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding", "static-sliding"])
+@pytest.mark.parametrize("creator", CAUSAL)
+def test_caches_shift_queries_and_keys(creator: Any, kind: str, pad: str, queries: int) -> None:
+    seen = 17
+    make = {
+        "dynamic": lambda: DynamicCache(),
+        "static": lambda: StaticCache(mistral(), max_cache_len=32),
+        "sliding": lambda: DynamicCache(config=mistral(WINDOW)),
+        "static-sliding": lambda: StaticCache(mistral(WINDOW), max_cache_len=32),
+    }
+    cache = filled(make[kind](), seen)
+    both(creator, queries, True, attention_mask=padding(pad, seen + queries), past_key_values=cache)
+
+
+def test_the_counter_of_a_static_cache_is_copied() -> None:
+    cache = filled(StaticCache(mistral(), max_cache_len=16), 5)
+    config = SimpleNamespace(_attn_implementation="aat", is_causal=True)
+    embeds = torch.zeros(2, 1, 4)
+    lazy = library.create_causal_mask(config, embeds, None, cache)
+    filled(cache, 1)
+    assert interpret(lazy).rows(torch.arange(1)).sum(-1).unique().tolist() == [6]
+
+
+@pytest.mark.parametrize("starts", [[0, 7, 15], [0, 1, 2]])
+@pytest.mark.parametrize("creator", CAUSAL)
+def test_packed_documents_are_intervals(creator: Any, starts: list[int]) -> None:
+    index = torch.arange(21)
+    begin = torch.stack([torch.tensor(starts)[torch.bucketize(index, torch.tensor(starts), right=True) - 1]] * 2)
+    begin[1] = 0
+    positions = index - begin
+    both(creator, 21, True, attention_mask=None, past_key_values=None, position_ids=positions)
+    both(creator, 21, True, attention_mask=None, past_key_values=None, position_ids=positions[:1])
+
+
+RULES = [
+    library.causal_mask_function,
+    library.bidirectional_mask_function,
+    library.sliding_window_causal_mask_function(3),
+    library.sliding_window_bidirectional_mask_function(2),
+    library.chunked_causal_mask_function(3, torch.tensor([1, 2])),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(RULES), st.lists(st.integers(-3, 9), min_size=10, max_size=10), st.data())
+def test_any_positions(rule: Any, jumps: list[int], data: st.DataObject) -> None:
+    """Documents that start anywhere, also at negative positions; jumps of 1 continue a document."""
+    jumps = [jump if data.draw(st.booleans()) else 1 for jump in jumps]
+    positions = torch.tensor([jumps, jumps[::-1]]).cumsum(-1)
+    ids = library.find_packed_sequence_indices(positions)
+    if ids is not None and hasattr(library, "packed_sequence_compatibility_function"):
+        rule = library.packed_sequence_compatibility_function(rule, positions, ids)
+    elif ids is not None:
+        rule = library.and_masks(rule, library.packed_sequence_mask_function(ids))
+    mask = interpret(aat_mask(batch_size=2, q_length=10, kv_length=10, mask_function=rule))
+    assert isinstance(mask, IntervalMask)
+    check(mask, dense(rule, 2, 10, 10))
+
+
+def test_scattered_document_ids_are_no_interval() -> None:
+    ids = torch.tensor([[0, 0, 1, 1, 0, 0, 2, 2]])
+    rule = library.and_masks(library.causal_mask_function, library.packed_sequence_mask_function(ids))
+    lazy = aat_mask(batch_size=1, q_length=8, kv_length=8, mask_function=rule)
+    mask = interpret(lazy)
+    assert isinstance(mask, FunctionMask)
+    check(mask, dense(rule, 1, 8, 8))
+
+
+def image_block(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q >= 3) & (q < 9) & (k >= 3) & (k < 9)
+
+
+def only_even(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return k % 2 == 0
+
+
+@pytest.mark.parametrize("pad", ["none", "left"])
+@pytest.mark.parametrize("creator", CAUSAL)
+def test_user_functions_are_asked(creator: Any, pad: str) -> None:
+    common = dict(attention_mask=padding(pad, 21), past_key_values=None)
+    both(creator, 21, False, or_mask_function=image_block, **common)
+    both(creator, 21, False, and_mask_function=only_even, **common)
+    both(creator, 21, False, or_mask_function=image_block, and_mask_function=only_even, **common)
+
+
+def test_user_functions_may_index_their_own_tensors() -> None:
+    table = torch.rand(2, 21, generator=torch.Generator().manual_seed(0)) > 0.5
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return table[b, k] | (q == k)
+
+    for cache in (None, filled(DynamicCache(), 17)):
+        queries = 21 if cache is None else 4
+        both(
+            library.create_causal_mask,
+            queries,
+            False,
+            attention_mask=None,
+            past_key_values=cache,
+            and_mask_function=rule,
+        )
+
+
+@pytest.mark.parametrize("creator", CAUSAL[:2])
+def test_blocks_of_images(creator: Any) -> None:
+    ids = torch.full((2, 21), -1)
+    ids[0, 2:8], ids[1, 4:9], ids[1, 12:20] = 0, 0, 1
+    both(creator, 21, False, attention_mask=padding("left", 21), past_key_values=None, block_sequence_ids=ids)
+
+
+def test_a_function_that_only_looks_like_the_library_s_is_asked() -> None:
+    def sliding_window_overlay(sliding_window: int) -> Any:
+        def inner_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return k < q - sliding_window
+
+        return inner_mask
+
+    rule = sliding_window_overlay(3)
+    lazy = aat_mask(batch_size=1, q_length=9, kv_length=9, mask_function=rule)
+    mask = interpret(lazy)
+    assert not isinstance(mask, IntervalMask)
+    check(mask, dense(rule, 1, 9, 9))
+
+
+def test_predicates_take_index_tensors_of_any_rank() -> None:
+    for use_vmap in (False, True):
+        rule = library.or_masks(library.causal_mask_function, image_block)
+        lazy = aat_mask(batch_size=2, q_length=12, kv_length=12, mask_function=rule, use_vmap=use_vmap)
+        mask, table = interpret(lazy), dense(rule, 2, 12, 12, use_vmap)
+        b, q = torch.tensor([0, 1, 1]), torch.tensor([3, 4, 11])
+        h, k = torch.zeros(3, dtype=torch.long), torch.tensor([8, 10, 2])
+        assert torch.equal(mask.allowed(b, h, q, k), table[b, h, q, k])
+        shaped = (b.view(3, 1, 1, 1, 1), torch.zeros(1, dtype=torch.long), q.view(1, 3, 1, 1), k.view(3, 1))
+        assert torch.equal(mask.allowed(*shaped), table[shaped])
+
+
+def test_a_mask_that_is_ready_is_returned() -> None:
+    lazy = aat_mask(batch_size=1, q_length=3, kv_length=3)
+    dense = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert aat_mask(batch_size=1, q_length=3, kv_length=3, attention_mask=lazy) is lazy
+    assert aat_mask(batch_size=1, q_length=3, kv_length=3, attention_mask=dense) is dense
+
+
+def test_lazy_mask_stands_for_a_tensor() -> None:
+    lazy = aat_mask(batch_size=2, q_length=4, kv_length=6, q_offset=2)
+    assert lazy.dtype == torch.bool and lazy.to(CPU) is lazy and lazy.device == CPU
+    assert torch.equal(lazy[:, :, :, :3], lazy.materialise()[:, :, :, :3])
+    moved = lazy.to(torch.device("meta"), non_blocking=True)
+    assert moved.device.type == "meta" and lazy.device == CPU
+    huge = aat_mask(batch_size=1, q_length=1 << 20, kv_length=1 << 20)
+    with pytest.raises((MemoryError, NotImplementedError), match="attn_implementation"):
+        huge[:, :, :, :5]
+
+
+def test_lazy_mask_under_fullgraph_compile() -> None:
+    def made(x: Tensor, pad: Tensor, start: Tensor) -> Tensor:
+        rule = library.sliding_window_causal_mask_function(3)
+        lazy = aat_mask(
+            batch_size=2,
+            q_length=4,
+            kv_length=8,
+            q_offset=start,
+            mask_function=rule,
+            attention_mask=pad,
+            device=x.device,
+        )
+        return x.masked_fill(~lazy.contiguous().materialise(), 0.0)
+
+    x, pad, start = torch.ones(2, 1, 4, 8), torch.ones(2, 6, dtype=torch.bool), torch.tensor(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, pad, start), made(x, pad, start))
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor made."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.seen = max(self.seen, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("creator", CAUSAL)
+def test_long_inputs_need_linear_memory(creator: Any, packed: bool) -> None:
+    length = 65536
+    pad = torch.ones(1, length, dtype=torch.bool)
+    pad[:, :1000] = False
+    positions = torch.arange(length)[None] % 5000
+    config = SimpleNamespace(_attn_implementation="aat", sliding_window=4096, attention_chunk_size=8192)
+    with Largest() as largest:
+        embeds = torch.zeros(1, length, 1)
+        lazy = creator(config, embeds, None if packed else pad, None, position_ids=positions if packed else None)
+        mask = from_argument(lazy, batch=1, heads=4, queries=length, keys=length, is_causal=True, device=CPU)[0]
+        states = mask.tile_states(128, 128)
+        mask.row_has_keys()
+    assert isinstance(mask, IntervalMask) and states.shape == (1, 1, 512, 512)
+    assert largest.seen <= 8 * length
+
+
+def argument(mask: Any, queries: int, keys: int, is_causal: bool, batch: int = 2) -> tuple[AttentionMask, Any]:
+    return from_argument(mask, batch=batch, heads=2, queries=queries, keys=keys, is_causal=is_causal, device=CPU)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (5, 9), (1, 9)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_none_means_what_sdpa_of_the_library_does(queries: int, keys: int, is_causal: bool) -> None:
+    expected = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    if is_causal and queries > 1:
+        expected = expected.tril()
+    mask, bias = argument(None, queries, keys, is_causal)
+    assert bias is None
+    check(mask, expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("queries", "seen", "keys"), [(7, 7, 7), (2, 7, 7), (2, 7, 12), (2, 9, 7)])
+def test_two_dimensional_padding(queries: int, seen: int, keys: int, is_causal: bool) -> None:
+    pad = torch.ones(2, seen, dtype=torch.bool)
+    pad[0, :3] = False
+    valid = torch.nn.functional.pad(pad[:, -keys:], (0, max(0, keys - seen)))
+    expected = valid[:, None, None].expand(2, 1, queries, keys)
+    if is_causal:
+        expected = expected & torch.ones(queries, keys, dtype=torch.bool).tril(min(seen, keys) - queries)
+    mask, bias = argument(pad, queries, keys, is_causal)
+    assert bias is None
+    check(mask, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 8), (1, 2, 3, 11), (2, 1, 1, 8)])
+def test_four_dimensional_boolean(shape: tuple[int, ...]) -> None:
+    dense = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask, bias = argument(dense, 3, 8, True)
+    assert bias is None
+    check(mask, dense[..., :8].expand(-1, -1, 3, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forbidden", ["min", "-inf"])
+def test_four_dimensional_additive(dtype: torch.dtype, forbidden: str) -> None:
+    low = torch.finfo(dtype).min if forbidden == "min" else float("-inf")
+    allowed = torch.rand(2, 1, 3, 8, generator=torch.Generator().manual_seed(2)) > 0.4
+    plain = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, low)
+    mask, bias = argument(plain, 3, 8, False)
+    assert bias is None
+    check(mask, allowed)
+    values = torch.randn(allowed.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    mask, bias = argument(values.masked_fill(~allowed, low), 3, 8, False)
+    check(mask, allowed)
+    assert torch.equal(bias[allowed], values[allowed]) and torch.isfinite(bias).all()
+
+
+def test_block_mask_with_heads() -> None:
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ((k + h) % 2 == 0)
+
+    blocks = create_block_mask(rule, 1, 2, 16, 16, device="cpu", BLOCK_SIZE=8)
+    index = torch.arange(16)
+    expected = rule(index[:1], torch.arange(2)[None, :, None, None], index[:, None], index[None, :])
+    check(argument(blocks, 16, 16, True, batch=1)[0], expected)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2, 3, 4), "causal", [[1]]])
+def test_anything_else_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="attention_mask"):
+        argument(wrong, 3, 3, True)
+
+
+@st.composite
+def intervals(draw: st.DrawFn) -> tuple[IntervalMask, Tensor]:
+    """An interval mask and its dense form, by brute force."""
+    batch, queries, keys = draw(st.integers(1, 2)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    numbers = st.lists(st.integers(-2, 14), min_size=batch * queries, max_size=batch * queries)
+    first, last = (torch.tensor(draw(numbers)).view(batch, queries) for _ in range(2))
+    bits = draw(st.none() | st.lists(st.booleans(), min_size=batch * keys, max_size=batch * keys))
+    valid = None if bits is None else torch.tensor(bits).view(batch, keys)
+    k = torch.arange(keys)
+    dense = (k >= first[..., None]) & (k < last[..., None])
+    dense = dense if valid is None else dense & valid[:, None]
+    return IntervalMask(first, last, keys, valid), dense[:, None]
+
+
+@settings(max_examples=150, deadline=None)
+@given(intervals())
+def test_intervals_against_brute_force(case: tuple[IntervalMask, Tensor]) -> None:
+    mask, dense = case
+    check(mask, dense)
+    check(TensorMask(dense), dense)
+    predicate = lambda b, h, q, k: dense[b, torch.zeros_like(h), q, k]  # noqa: E731
+    check(FunctionMask(predicate, dense.shape[0], *dense.shape[2:], CPU), dense)
+
+
+def test_causal_mask_defaults_to_the_last_key() -> None:
+    check(causal_mask(3, 7, CPU), torch.ones(1, 1, 3, 7, dtype=torch.bool).tril(4))
