@@ -162,11 +162,11 @@ def _predicate(mask: LazyMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Ten
 
 def _bounds(function: Callable[..., Any], position: Tensor, packed: Tensor | None = None) -> Bounds | None:
     """Visible key positions of queries at `position` (batch or 1, queries) under a known rule, else None."""
-    low, high = torch.zeros_like(position), torch.full_like(position, _FAR)
+    low, high = torch.full_like(position, -_FAR), torch.full_like(position, _FAR)
     if function is masking_utils.causal_mask_function:
         return low, position + 1
     if function is masking_utils.bidirectional_mask_function:
-        return low, high
+        return low, high.where(position >= 0, low)  # the library's rule is `query position >= 0`
     if getattr(function, "__module__", None) != masking_utils.__name__:
         return None
     kind = function.__qualname__.split(".")[0]
@@ -195,7 +195,7 @@ def _all(functions: tuple[Callable[..., Any], ...], position: Tensor) -> Bounds 
     for function in functions:
         if getattr(function, "__qualname__", "").startswith("packed_sequence_mask_function."):
             packed = (function.__closure__ or ())[0].cell_contents
-    low, high = torch.zeros_like(position), torch.full_like(position, _FAR)
+    low, high = torch.full_like(position, -_FAR), torch.full_like(position, _FAR)
     for function in functions:
         bounds = _bounds(function, position, packed)
         if bounds is None:
@@ -221,7 +221,7 @@ def _remapped(function: Callable[..., Any], positions: Tensor, packed: Tensor) -
     if bounds is None:
         return None
     shift = torch.arange(positions.shape[-1], device=positions.device) - positions
-    return bounds[0] + shift, bounds[1].clamp(max=_FAR) + shift
+    return bounds[0] + shift, bounds[1] + shift
 
 
 def move_mask(mask: AttentionMask, device: torch.device) -> AttentionMask:
@@ -255,7 +255,7 @@ def from_argument(
             return interpret(attention_mask.to(device)), None
         return TensorMask(attention_mask.materialise()[:, :, -queries:, :keys].to(device)), None
     if isinstance(attention_mask, BlockMask):
-        return FunctionMask(attention_mask.mask_mod, batch, queries, keys, device), None
+        return FunctionMask(attention_mask.mask_mod, batch, queries, keys, device, heads), None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise TypeError(
@@ -263,8 +263,11 @@ def from_argument(
             "or what the aat mask function returns"
         )
     if attention_mask.ndim == 2:
-        valid = attention_mask[:, -keys:].bool()
-        return (causal_mask if is_causal else full_mask)(queries, keys, device, key_valid=valid), None
+        seen = min(attention_mask.shape[1], keys)  # a static cache has keys nobody has seen yet
+        valid = torch.nn.functional.pad(attention_mask[:, -keys:].bool(), (0, keys - seen))
+        if is_causal:
+            return causal_mask(queries, keys, device, seen - queries, valid), None
+        return full_mask(queries, keys, device, valid), None
     tensor = attention_mask[..., :keys].expand(-1, -1, queries, -1)
     if tensor.dtype == torch.bool:
         return TensorMask(tensor), None

@@ -23,6 +23,7 @@ _BUCKET_PAIRS = {
     "cpu": 256,
     "cuda": 4096,
 }  # tile pairs of a bucket: scores stay in the cache / fill the device
+_TINY = 1e-30  # divisor of rows without keys; other rows total at least 1
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ class _GatherAttention(torch.autograd.Function):
         for bucket in buckets:
             key_rows = _key_rows(bucket, tile_map, k.shape[1])
             scores, _ = _scores(q_tiles, k_tiles, bucket, key_rows, tile_map, how, dtype)
-            row_lse = torch.logsumexp(scores, -1)
-            weights = scores.sub_(row_lse.nan_to_num(neginf=0.0)[..., None]).exp_()
-            output[bucket.rows] = weights @ _take(v_tiles, key_rows, dtype)
-            lse[bucket.rows] = row_lse
+            top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            output[bucket.rows] = (weights @ _take(v_tiles, key_rows, dtype)) / total.clamp(min=_TINY)
+            lse[bucket.rows] = (top + total.log())[..., 0]
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.tile_map, ctx.how, ctx.buckets = tile_map, how, buckets
         return _untile(output.to(v.dtype), q), _untile(lse[..., None], q)[..., 0]

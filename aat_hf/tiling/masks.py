@@ -174,13 +174,15 @@ class FunctionMask(AttentionMask):
         queries: int,
         keys: int,
         device: torch.device,
+        heads: int = 1,
     ) -> None:
-        super().__init__(batch, queries, keys, device)
+        super().__init__(batch, queries, keys, device, heads)
         self.predicate = predicate
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """See `AttentionMask.allowed`."""
-        return self.predicate(b, h, q, k)
+        shape = torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape)
+        return self.predicate(b, h, q, k).expand(shape)
 
 
 class TensorMask(AttentionMask):
