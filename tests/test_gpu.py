@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aat_hf import tiled_attention
+from conftest import peaked
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_cuda_equals_the_float64_reference(dtype, coarse, small):
+    q, k, v = (x.cuda() for x in peaked(2, 4, 2, 1027, 1027, 65, dtype=dtype))
+    config = small.replace(coarse=coarse)
+    result = tiled_attention(q, k, v, config=config, is_causal=True)
+    kept = result.tile_map.exact.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :1027, :1027]
+    scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 65**-0.5
+    allowed = torch.ones(1027, 1027, dtype=torch.bool, device="cuda").tril() & kept
+    exact = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v.double().repeat_interleave(2, 1)
+    assert result.path == "tiled" and result.output.dtype == dtype
+    if not coarse:
+        limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        assert (result.output.double() - exact).norm() / exact.norm() < limit
+
+
+def test_cuda_gradients_equal_the_reference_backend(small):
+    grads = []
+    for backend in ("gather", "reference"):
+        torch.manual_seed(0)
+        q, k, v = (x.cuda().requires_grad_() for x in peaked(1, 4, 2, 300, 300, 16, dtype=torch.float64))
+        result = tiled_attention(q, k, v, config=small.replace(backend=backend), is_causal=True)
+        grads.append(torch.autograd.grad(result.output.sin().sum() + result.lse.sum(), (q, k, v)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_cuda_model_equals_eager():
+    import transformers as tf
+
+    import aat_hf
+
+    config = tf.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config).cuda().eval()
+    aat_hf.configure(model, tolerance=0.0)
+    ids, mask = torch.randint(3, 97, (2, 40), device="cuda"), torch.ones(2, 40, dtype=torch.long, device="cuda")
+    mask[1, :9] = 0
+    logits = {}
+    for name in ("eager", "aat"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits[name] = model(ids, attention_mask=mask).logits[mask.bool()]
+    assert torch.allclose(logits["eager"], logits["aat"], atol=1e-4)
