@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import peaked
 
 from aat_hf import tiled_attention
-from conftest import peaked
 
 pytestmark = [
     pytest.mark.gpu,
