@@ -1,0 +1,1 @@
+"""Benchmarks: one program a file, run by `aat bench NAME`."""
