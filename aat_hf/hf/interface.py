@@ -123,8 +123,11 @@ def _compiled(
         mask = (ramp[None, :] <= torch.arange(queries, device=query.device)[:, None])[None, None]
     if mask is None:
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
-    if mask.ndim == 2:
-        mask = mask[:, None, None].bool()
+    if mask.ndim == 2:  # padding only: causality is the layer's own, the last query sees the last known key
+        seen = min(mask.shape[1], keys)
+        mask = torch.nn.functional.pad(mask[:, -keys:].bool(), (0, keys - seen))[:, None, None]
+        if causal:
+            mask = mask & torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(seen - queries)
     mask = mask[..., :keys]
     bias = position_bias
     if mask.dtype != torch.bool:

@@ -232,6 +232,18 @@ def move_mask(mask: AttentionMask, device: torch.device) -> AttentionMask:
     return TensorMask(mask.rows(torch.arange(mask.queries, device=mask.device)).to(device))
 
 
+def _block_predicate(mask: BlockMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule of a `BlockMask`: its `mask_mod` inside the blocks it lists, nothing outside."""
+    listed = mask.to_dense().bool()  # [batch or 1, heads or 1, query blocks, key blocks]
+    rows, columns = mask.BLOCK_SIZE
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        block = listed[b.clamp(max=listed.shape[0] - 1), h.clamp(max=listed.shape[1] - 1), q // rows, k // columns]
+        return block & mask.mask_mod(b, h, q, k)
+
+    return allowed
+
+
 def from_argument(
     attention_mask: Any, *, batch: int, heads: int, queries: int, keys: int, is_causal: bool, device: torch.device
 ) -> tuple[AttentionMask, Tensor | None]:
@@ -255,7 +267,7 @@ def from_argument(
             return interpret(attention_mask.to(device)), None
         return TensorMask(attention_mask.materialise()[:, :, -queries:, :keys].to(device)), None
     if isinstance(attention_mask, BlockMask):
-        return FunctionMask(attention_mask.mask_mod, batch, queries, keys, device, heads), None
+        return FunctionMask(_block_predicate(attention_mask), batch, queries, keys, device, heads), None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise TypeError(

@@ -191,6 +191,15 @@ def test_compiled_equals_eager(decoder):
     close(a[mask.bool()], b[mask.bool()])
 
 
+def test_a_padding_mask_stays_causal_when_compiled():
+    attention = build(DECODERS["llama"]()).model.layers[0].self_attn
+    q, valid = torch.randn(2, 4, 12, 8), torch.ones(2, 12, dtype=torch.bool)
+    valid[1, :5] = False
+    call = aat_hf.hf.interface.aat_attention
+    compiled = torch.compile(lambda x: call(attention, x, x, x, valid)[0], backend="aot_eager")
+    close(call(attention, q, q, q, valid)[0], compiled(q))
+
+
 def test_settings_travel_with_the_checkpoint(tmp_path):
     model = build(DECODERS["llama"]())
     aat_hf.configure(model, tolerance=0.07, layers={1: {"mode": "dense"}})
