@@ -137,9 +137,14 @@ def why_dense(
         return f"{k.shape[2]} keys are fewer than min_length = {config.min_length}"
     if q.shape[2] < config.query_tile:
         return f"{q.shape[2]} queries are fewer than a query tile ({config.query_tile})"
-    if not all(bool(torch.isfinite(x.detach().sum())) for x in (q, k, v)):
+    if not all(_finite(x) for x in (q, k, v)):
         return "q, k or v has values that are not finite"
     return None
+
+
+@torch.no_grad()
+def _finite(x: Tensor) -> bool:
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 @torch.no_grad()

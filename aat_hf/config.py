@@ -32,8 +32,8 @@ class AATConfig:
 
     Attributes:
         tolerance: accepted infidelity, the probability a row may lose on average, in [0, 1); 0 is exact attention.
-        mode: "tiled" (select tiles), "skip" (all scores, tiles below the running maximum skipped; the loss has a
-            certificate) or "dense" (exact attention).
+        mode: "tiled" (select tiles), "skip" (all scores; tiles whose maximum is below tolerance / 2 of the running
+            maximum are skipped, the loss has a certificate) or "dense" (exact attention).
         selector: name of a registered tile selector (`aat_hf.tiling.select.SELECTORS`).
         query_tile, key_tile: rows and keys of a tile.
         subtiles: summaries (centroids) of a key tile; divides key_tile.

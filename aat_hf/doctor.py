@@ -148,7 +148,7 @@ def _devices() -> list[Finding]:
         found.append(Finding("devices", "accelerator", OPTIONAL, detail, _accelerator_fix()))
     elif accelerator.type != "cuda":
         found.append(Finding("devices", accelerator.type, OK, "available"))
-    return found
+    return [*found, _vulkan()]
 
 
 def _accelerator_fix() -> str:
@@ -165,26 +165,13 @@ def _accelerator_fix() -> str:
 
 
 def _backends() -> list[Finding]:
-    import torch
-
     group = "backends"
     found = [Finding(group, "torch", OK, "gather and scaled_dot_product_attention, any device")]
-    if find_spec("numba") is not None:
-        found.append(Finding(group, "cpu", OK, "Numba kernels"))
-    else:
-        found.append(Finding(group, "cpu", MISSING, "numba is missing", "pip install numba"))
-    if not torch.cuda.is_available():
-        found.append(Finding(group, "flex", OPTIONAL, "FlexAttention: no CUDA or ROCm device"))
-    elif find_spec("triton") is None:
-        detail = "FlexAttention: triton is missing"
-        found.append(Finding(group, "flex", OPTIONAL, detail, "pip install triton"))
-    else:
-        found.append(Finding(group, "flex", OK, "FlexAttention, compiled"))
-    return [*found, _vulkan()]
+    return found
 
 
 def _vulkan() -> Finding:
-    name, group = "vulkan", "backends"
+    name, group = "vulkan", "devices"
     if find_spec("vulkan") is None:
         return Finding(group, name, OPTIONAL, "Python bindings missing", "pip install 'aat-hf[vulkan]'")
     try:
@@ -197,7 +184,7 @@ def _vulkan() -> Finding:
     except Exception as error:  # the bindings raise OSError, their own classes, and more
         fix = "install a driver: your GPU vendor's, or Mesa's (apt-get install mesa-vulkan-drivers)"
         return Finding(group, name, OPTIONAL, f"no usable driver ({type(error).__name__})", fix)
-    return Finding(group, name, OK, ", ".join(names))
+    return Finding(group, name, OK, f"{', '.join(names)} (aat_hf has no kernels for it yet)")
 
 
 def _caches() -> list[Finding]:

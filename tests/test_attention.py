@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aat_hf import AATConfig, register_selector, tiled_attention
 from aat_hf.kernels.reference import reference_attention
-from aat_hf.tiling.masks import FunctionMask, IntervalMask, causal_mask
+from aat_hf.tiling.masks import FunctionMask, IntervalMask, TensorMask, causal_mask
 from aat_hf.tiling.selectors import SELECTORS
 
 SHAPES = [(1, 2, 2, 300, 300, 32), (2, 4, 2, 257, 257, 33), (1, 4, 1, 123, 519, 64), (1, 2, 1, 200, 90, 7)]
@@ -191,6 +191,10 @@ def test_bad_masks_are_named():
         tiled_attention(q, k, v, attn_mask=torch.ones(3, 7, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"torch\.int64"):
         tiled_attention(q, k, v, attn_mask=torch.ones(20, 20, dtype=torch.long))
+    for batch, heads in ((3, 1), (1, 5)):
+        mask = TensorMask(torch.ones(batch, heads, 20, 20, dtype=torch.bool))
+        with pytest.raises(ValueError, match="1 stands for all"):
+            tiled_attention(q, k, v, attn_mask=mask)
     with pytest.raises(ValueError, match="selector"):
         tiled_attention(
             *peaked(1, 2, 2, 300, 300, 8), config=AATConfig(selector="no such", min_length=0, dense_prefix=0)

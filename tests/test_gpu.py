@@ -18,14 +18,14 @@ def test_cuda_equals_the_float64_reference(dtype, coarse, small):
     q, k, v = (x.cuda() for x in peaked(2, 4, 2, 1027, 1027, 65, dtype=dtype))
     config = small.replace(coarse=coarse)
     result = tiled_attention(q, k, v, config=config, is_causal=True)
-    kept = result.tile_map.exact.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :1027, :1027]
-    scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 65**-0.5
-    allowed = torch.ones(1027, 1027, dtype=torch.bool, device="cuda").tril() & kept
-    exact = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v.double().repeat_interleave(2, 1)
+    wide = [x.double() for x in (q, k, v)]
+    scene = config.replace(backend="reference")
+    exact = tiled_attention(*wide, config=config.replace(backend="reference"), is_causal=True)
+    same = (result.tile_map.to_dense() == exact.tile_map.to_dense()).all(-1).repeat_interleave(32, 2)[:, :, :1027]
+    error = (result.output.double() - exact.output)[same].norm() / exact.output[same].norm()
+    limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert result.path == "tiled" and result.output.dtype == dtype
-    if not coarse:
-        limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-        assert (result.output.double() - exact).norm() / exact.norm() < limit
+    assert same.float().mean() > 0.9 and error < limit
 
 
 def test_cuda_gradients_equal_the_reference_backend(small):

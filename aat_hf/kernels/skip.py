@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aat_hf.tiling.layout import tiles
 from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.measure import scores_by_tile
 from aat_hf.tiling.tile_map import EXACT, TileMap
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -41,9 +41,13 @@ def skip_map(
     """Which tiles the skip rule keeps at `epsilon`, and the certificate; q, k as in `gather_attention`."""
     states = mask.tile_states(query_tile, key_tile)
     step = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2] * query_tile)) * query_tile
+    key_tiles = states.shape[3]
     kept, bound = [], []
     for rows in torch.arange(q.shape[2], device=q.device).split(step):
-        top, mass = _tile_maximum(q, k, mask, rows, key_tile, scale, softcap)
+        scores = scores_by_tile(q, k, mask, rows, key_tile, scale, softcap)
+        after = (0, key_tiles - scores.shape[3])
+        top = torch.nn.functional.pad(scores.amax(-1), after, value=float("-inf"))
+        mass = torch.nn.functional.pad(torch.logsumexp(scores, -1), after, value=float("-inf"))
         keep = _visit(top, query_tile, epsilon)  # [B, H, tiles, nk]
         row_keep = keep.repeat_interleave(query_tile, 2)[:, :, : len(rows)]
         lse = torch.logsumexp(mass.masked_fill(~row_keep, float("-inf")), -1, keepdim=True)
@@ -52,28 +56,6 @@ def skip_map(
         bound.append((lost / (1 + lost)).nan_to_num(nan=1.0))
     levels = torch.cat(kept, 2).to(torch.uint8) * EXACT
     return SkipResult(TileMap.from_dense(levels, states, query_tile, key_tile), torch.cat(bound, 2))
-
-
-def _tile_maximum(
-    q: Tensor,
-    k: Tensor,
-    mask: AttentionMask,
-    rows: Tensor,
-    key_tile: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Maximum and log-sum-exp of each tile for each row: two (batch, heads, R, key_tiles)."""
-    group = q.shape[1] // k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q_rows = q[:, :, rows].unflatten(1, (-1, group)).to(dtype) * scale
-    scores = (q_rows @ k.to(dtype)[:, :, None].mT).flatten(1, 2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask.rows(rows), float("-inf"))
-    padded = torch.nn.functional.pad(scores, (0, -k.shape[2] % key_tile), value=float("-inf"))
-    by_tile = padded.unflatten(-1, (tiles(k.shape[2], key_tile), key_tile))
-    return by_tile.amax(-1), torch.logsumexp(by_tile, -1)
 
 
 def _visit(top: Tensor, query_tile: int, epsilon: float) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from aat_hf.report import stages
+from aat_hf.tiling.audit import half_width
 from aat_hf.tiling.tile_map import TileMap
 
 if TYPE_CHECKING:
     from aat_hf.attention import TiledAttentionResult
 
-_Z95 = 1.959964
 _active: list[Report] = []
 
 
@@ -57,11 +57,7 @@ class LayerRecord:
     @property
     def infidelity_half_width(self) -> Tensor | None:
         """Half width of the 95 % confidence interval of `infidelity_mean`: (heads,)."""
-        if self.infidelity is None:
-            return None
-        count = (~self.infidelity.isnan()).sum(-1)
-        centred = self.infidelity - self.infidelity.nanmean(-1, keepdim=True)
-        return _Z95 * (centred.square().nansum(-1) / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
+        return None if self.infidelity is None else half_width(self.infidelity)
 
     def update(self, result: TiledAttentionResult, pairs: int, keep_map: bool) -> None:
         """Add one call's result."""

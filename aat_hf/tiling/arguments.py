@@ -49,6 +49,11 @@ def as_mask(
             raise ValueError(
                 f"attn_mask is for {attn_mask.queries} x {attn_mask.keys}: q and k have {queries} x {keys}"
             )
+        if attn_mask.batch not in (1, q.shape[0]) or attn_mask.heads not in (1, q.shape[1]):
+            raise ValueError(
+                f"attn_mask is for batch {attn_mask.batch} and {attn_mask.heads} heads: q has {q.shape[0]} and "
+                f"{q.shape[1]}; 1 stands for all of them"
+            )
         return attn_mask, bias
     return _tensor_mask(q, k, attn_mask, causal, bias)
 

@@ -33,15 +33,19 @@ class Audit:
 
     @property
     def half_width(self) -> Tensor:
-        """Half width of the 95 % confidence interval of `mean`: (batch, heads); NaN with fewer than two rows.
+        """Half width of the 95 % confidence interval of `mean`: (batch, heads); NaN with fewer than two rows."""
+        return half_width(self.infidelity)
 
-        The rows are stratified by position, so the formula for independent rows is an upper estimate.
-        """
-        count = (~self.infidelity.isnan()).sum(-1)
-        squares = (self.infidelity - self.mean[..., None]).square().nansum(-1)
-        variance = squares / (count - 1).clamp(min=1)
-        width = _Z95 * (variance / count.clamp(min=1)).sqrt()
-        return torch.where(count > 1, width, torch.nan)
+
+def half_width(infidelity: Tensor) -> Tensor:
+    """Half width of the 95 % interval of the mean over the last dimension, NaN left out; NaN below two values.
+
+    Audited rows are stratified by position, so the formula for independent rows is an upper estimate.
+    """
+    count = (~infidelity.isnan()).sum(-1)
+    squares = (infidelity - infidelity.nanmean(-1, keepdim=True)).square().nansum(-1)
+    width = _Z95 * (squares / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
+    return torch.where(count > 1, width, torch.nan)
 
 
 def audit_rows(lse_kept: Tensor, lse_exact: Tensor, rows: Tensor) -> Audit:

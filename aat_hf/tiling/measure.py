@@ -36,11 +36,15 @@ def tile_log_mass(
     """
     batch, heads = q.shape[:2]
     step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // (batch * heads * k.shape[2])))
-    pieces = [_chunk(q, k, mask, part, key_tile, scale, softcap) for part in rows.split(step)]
+    pieces = []
+    for part in rows.split(step):
+        mass = torch.logsumexp(scores_by_tile(q, k, mask, part, key_tile, scale, softcap), -1)
+        after = tiles(k.shape[2], key_tile) - mass.shape[-1]
+        pieces.append(torch.nn.functional.pad(mass, (0, after), value=float("-inf")))
     return torch.cat(pieces, 2)
 
 
-def _chunk(
+def scores_by_tile(
     q: Tensor,
     k: Tensor,
     mask: AttentionMask,
@@ -49,6 +53,7 @@ def _chunk(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
+    """Masked scores of `rows`: (batch, heads, R, key tiles up to the last one seen, key_tile), float32 or wider."""
     kv_heads, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     high = min(k.shape[2], tiles(max(1, mask.key_range(rows)[1]), key_tile) * key_tile)
     q_rows = group_heads(q[:, :, rows] * scale, kv_heads)
@@ -58,8 +63,7 @@ def _chunk(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill_(~mask.rows(rows)[..., :high], float("-inf"))
     scores = torch.nn.functional.pad(scores, (0, -high % key_tile), value=float("-inf"))
-    mass = torch.logsumexp(scores.unflatten(-1, (-1, key_tile)), -1)
-    return torch.nn.functional.pad(mass, (0, tiles(k.shape[2], key_tile) - mass.shape[-1]), value=float("-inf"))
+    return scores.unflatten(-1, (-1, key_tile))
 
 
 def row_log_sum_exp(log_mass: Tensor, sinks: Tensor | None) -> Tensor:

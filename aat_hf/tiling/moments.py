@@ -6,7 +6,6 @@ the mean key, the Hessian (Fisher metric) their covariance (Amari & Nagaoka, Met
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +83,3 @@ def log_mass(q: Tensor, moments: Moments, scale: float, softcap: float | None = 
     if score.shape[-1] == 1:
         return score[..., 0]
     return torch.logsumexp(score, -1)
-
-
-def freezing_std(count: int) -> float:
-    """Score standard deviation beyond which one key dominates a tile of `count` keys: sqrt(2 ln count)."""
-    return math.sqrt(2 * math.log(count))

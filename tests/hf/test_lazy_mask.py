@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionMaskInterface
 from transformers import masking_utils as library
 
@@ -60,19 +60,6 @@ def test_lazy_mask_under_fullgraph_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, pad, start), made(x, pad, start))
-
-
-class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor made."""
-
-    seen = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.seen = max(self.seen, leaf.numel())
-        return out
 
 
 @pytest.mark.parametrize("packed", [False, True])
