@@ -16,14 +16,13 @@ from aat_hf.kernels.skip import skip_map
 from aat_hf.report.stages import Stages
 from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
-from aat_hf.tiling.layout import forced_tiles, random_rows, sampled_rows
+from aat_hf.tiling.layout import forced_tiles, held_out_rows
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.measure import born_probabilities, row_log_sum_exp, tile_log_mass
-from aat_hf.tiling.select import Scene, select_tiles
+from aat_hf.tiling.measure import row_log_sum_exp, tile_log_mass
+from aat_hf.tiling.repair import select_and_repair
+from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
 from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
-
-_PASSES = 3  # first selection and at most two repairs
 
 
 @dataclass(frozen=True)
@@ -161,36 +160,10 @@ def plan(
         return None, torch.zeros(q.shape[:2], device=q.device)
     scene = Scene(q, k, mask, states, scale, config, extras.softcap, extras.sinks)
     mass = get_selector(config.selector)(scene)
-    kept_tiles = _select_and_repair(scene, mass, forced)
+    kept_tiles = select_and_repair(scene, mass, forced)
     expected = mass.masked_fill(kept_tiles, 0.0).sum(-1).mean(-1)
     levels = torch.where(kept_tiles, EXACT, COARSE if config.coarse else 0).to(torch.uint8)
     return TileMap.from_dense(levels, states, config.query_tile, config.key_tile), expected
-
-
-def _select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
-    """Select; then measure control rows and select again, tighter, for the heads that miss their tolerance."""
-    config = scene.config
-    tolerance = torch.full(mass.shape[:2], config.tolerance, device=mass.device, dtype=mass.dtype)
-    free = None if scene.sinks is None else (1 - mass.sum(-1)).clamp(min=0)
-    kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
-    if not config.control_rows:
-        return kept
-    rows = random_rows(scene.q.shape[2], config.control_rows, config.seed, scene.q.device, _measured_rows(scene))
-    log_mass = tile_log_mass(scene.q, scene.k, scene.mask, rows, config.key_tile, scene.scale, scene.softcap)
-    born = born_probabilities(log_mass, scene.sinks)
-    for _ in range(_PASSES - 1):
-        lost = born.masked_fill(kept[:, :, rows // config.query_tile], 0.0).sum(-1).mean(-1)
-        missed = lost > config.tolerance
-        if not bool(missed.any()):
-            break
-        tolerance = torch.where(missed, tolerance * config.tolerance / lost, tolerance)
-        kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
-    return kept
-
-
-def _measured_rows(scene: Scene) -> Tensor:
-    stride = scene.config.measured_stride
-    return sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
 
 
 def _kept_attention(
@@ -243,11 +216,7 @@ def _audit(
     extras: Extras,
 ) -> Audit:
     """Exact log-sum-exp of held-out random rows against the kernel's own."""
-    used = sampled_rows(q.shape[2], config.query_tile, config.measured_stride, q.device).flatten()
-    if config.control_rows:
-        control = random_rows(q.shape[2], config.control_rows, config.seed, q.device, used)
-        used = torch.cat([used, control])
-    rows = random_rows(q.shape[2], config.audit_rows, config.seed + 1, q.device, used)
+    rows = held_out_rows(q.shape[2], config, q.device)
     log_mass = tile_log_mass(q, k, mask, rows, config.key_tile, scale, extras.softcap)
     lse_kept = lse_kept[:, :, rows]
     if extras.sinks is not None:

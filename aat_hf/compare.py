@@ -56,6 +56,7 @@ class Quality:
         nll_dense: Negative log-likelihood of the text under the first pass, nats per token.
         nll_aat: The same under the second.
         kl: KL divergence of the second's prediction from the first's, KL(dense ‖ aat), nats.
+        kl_p99: 99th percentile of that divergence over positions.
         top1_agreement: Share of positions where both name the same most likely token.
         positions: How many positions were averaged.
     """
@@ -63,6 +64,7 @@ class Quality:
     nll_dense: float
     nll_aat: float
     kl: float
+    kl_p99: float
     top1_agreement: float
     positions: int
 
@@ -80,27 +82,36 @@ def clocked_attention(name: str, on_call: Callable[[int], None] | None = None) -
         name: For example "sdpa" or "aat".
         on_call: Told how many calls have been made, after each.
     """
-    table = ALL_ATTENTION_FUNCTIONS
-    function: Callable[..., Any] = table[name]
     clock = AttentionClock()
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        _synchronize()
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        _synchronize()
-        clock.seconds += time.perf_counter() - start
-        clock.calls += 1
-        if on_call is not None:
-            on_call(clock.calls)
-        return result
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            _synchronize()
+            clock.seconds += time.perf_counter() - start
+            clock.calls += 1
+            if on_call is not None:
+                on_call(clock.calls)
+            return result
 
+        return timed
+
+    with replaced_attention(name, wrap):
+        yield clock
+
+
+@contextmanager
+def replaced_attention(name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Put `wrap(function)` in place of the attention function that Transformers knows as `name`."""
+    table = ALL_ATTENTION_FUNCTIONS
     # An entry of this one table hides the library-wide one; put back what was there.
     local = table._local_mapping
     had, before = name in local, local.get(name)
-    table[name] = timed
+    table[name] = wrap(table[name])
     try:
-        yield clock
+        yield
     finally:
         if had and before is not None:
             table[name] = before
@@ -202,7 +213,8 @@ def quality(
     positions = targets.shape[0]
     if positions == 0:
         raise ComparisonError("two tokens at least are needed to predict one")
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
+    divergences = []
     for start in range(0, positions, chunk):
         rows = slice(start, min(start + chunk, positions))
         wanted = targets[rows, None]
@@ -211,13 +223,14 @@ def quality(
         parts = (
             -first.gather(1, wanted).sum(),
             -second.gather(1, wanted).sum(),
-            (first.exp() * (first - second)).sum(),
             (first.argmax(-1) == second.argmax(-1)).sum(),
         )
+        divergences.append((first.exp() * (first - second)).sum(-1).double().cpu())
         sums += torch.stack([part.double() for part in parts]).cpu()
         if on_position is not None:
             on_position(rows.stop)
-    nll_dense, nll_aat, kl, agreement = (sums / positions).tolist()
+    nll_dense, nll_aat, agreement = (sums / positions).tolist()
+    divergence = torch.cat(divergences)
     if not math.isfinite(nll_dense + nll_aat):
         raise ComparisonError("a likelihood is not finite: the model or its attention is broken")
-    return Quality(nll_dense, nll_aat, kl, agreement, positions)
+    return Quality(nll_dense, nll_aat, float(divergence.mean()), float(divergence.quantile(0.99)), agreement, positions)

@@ -133,15 +133,21 @@ def interpret(mask: LazyMask) -> AttentionMask:
 
 def _interpret(mask: LazyMask) -> AttentionMask:
     batch, _, queries, keys = mask.shape
-    position = torch.arange(queries, device=mask.device)[None] + mask.q_offset
-    bounds = _bounds(mask.mask_function, position)
+    bounds = bounds_of(mask)
     if bounds is None:
         return FunctionMask(_predicate(mask), batch, queries, keys, mask.device)
     valid = None
     if mask.padding is not None:
         valid = mask.padding[:, mask.kv_offset : mask.kv_offset + keys].to(mask.device, torch.bool)
         valid = None if bool(valid.all()) else valid
-    return IntervalMask(bounds[0] - mask.kv_offset, bounds[1] - mask.kv_offset, keys, valid)
+    return IntervalMask(*bounds, keys, valid)
+
+
+def bounds_of(mask: LazyMask) -> Bounds | None:
+    """First and one-past-last key (indices of this call) the rule lets each row see; None for unknown rules."""
+    position = torch.arange(mask.shape[2], device=mask.device)[None] + mask.q_offset
+    bounds = _bounds(mask.mask_function, position)
+    return None if bounds is None else (bounds[0] - mask.kv_offset, bounds[1] - mask.kv_offset)
 
 
 def _predicate(mask: LazyMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -39,6 +39,19 @@ def random_rows(queries: int, count: int, seed: int, device: torch.device, avoid
     return candidates[pick.long().clamp(max=len(candidates) - 1).unique()].to(device)
 
 
+def control_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
+    """Random rows that check a map before it is used, none of them measured: (control_rows,) at most."""
+    used = sampled_rows(queries, config.query_tile, config.measured_stride, device)
+    return random_rows(queries, config.control_rows, config.seed, device, used)
+
+
+def held_out_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
+    """Random rows for the audit, none of them used for the map: (audit_rows,) at most."""
+    used = sampled_rows(queries, config.query_tile, config.measured_stride, device).flatten()
+    used = torch.cat([used, control_rows(queries, config, device)])
+    return random_rows(queries, config.audit_rows, config.seed + 1, device, used)
+
+
 def group_heads(x: Tensor, kv_heads: int) -> Tensor:
     """(batch, heads, rows, dim) -> (batch, kv_heads, heads // kv_heads * rows, dim): no key is repeated."""
     batch, heads, rows, dim = x.shape
