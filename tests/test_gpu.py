@@ -19,7 +19,6 @@ def test_cuda_equals_the_float64_reference(dtype, coarse, small):
     config = small.replace(coarse=coarse)
     result = tiled_attention(q, k, v, config=config, is_causal=True)
     wide = [x.double() for x in (q, k, v)]
-    scene = config.replace(backend="reference")
     exact = tiled_attention(*wide, config=config.replace(backend="reference"), is_causal=True)
     same = (result.tile_map.to_dense() == exact.tile_map.to_dense()).all(-1).repeat_interleave(32, 2)[:, :, :1027]
     error = (result.output.double() - exact.output)[same].norm() / exact.output[same].norm()
