@@ -59,10 +59,13 @@ def dense_attention(
         return DenseResult(_sdpa(q, k, v, mask, scale, extras.dropout), None, None)
     step = q.shape[2] if need_weights else _rows_per_chunk(q, k)
     parts = [
-        _eager_rows(q, k, v, mask, scale, extras, rows)
+        _eager_rows(q, k, v, mask, scale, extras, rows, need_weights)
         for rows in torch.arange(q.shape[2], device=q.device).split(max(1, step))
     ]
-    output, lse, weights = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    if len(parts) == 1:  # a copy of the weights would lie beside the path of the gradient
+        output, lse, weights = parts[0]
+    else:
+        output, lse, weights = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return DenseResult(output, lse, weights if need_weights else None)
 
 
@@ -104,7 +107,14 @@ def interval_kind(mask: AttentionMask) -> str | None:
 
 
 def _eager_rows(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, extras: Extras, rows: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    extras: Extras,
+    rows: Tensor,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     bias = None if extras.bias is None else extras.bias.expand(*extras.bias.shape[:2], q.shape[2], k.shape[2])
@@ -118,10 +128,12 @@ def _eager_rows(
         extras.sinks,
         None if bias is None else bias[:, :, rows].to(dtype),
     )
+    weights = weights.to(q.dtype)
     if extras.dropout:
         weights = drop(weights, extras.dropout)
-        output = weights @ _repeat(v, q.shape[1]).to(dtype)
-    return output.to(v.dtype), lse, weights.to(q.dtype)
+    if extras.dropout or (need_weights and dtype != q.dtype):  # weights handed out are those the output comes from
+        output = weights @ _repeat(v, q.shape[1])
+    return output.to(v.dtype), lse, weights
 
 
 def _rows_per_chunk(q: Tensor, k: Tensor) -> int:
