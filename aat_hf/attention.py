@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aat_hf.config import AATConfig
+from aat_hf.kernels import router
 from aat_hf.kernels.coarse import coarse_attention, merge_attention
 from aat_hf.kernels.dense import Extras, dense_attention
 from aat_hf.kernels.gather import gather_attention
@@ -18,7 +19,7 @@ from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
 from aat_hf.tiling.layout import forced_tiles, held_out_rows
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.measure import row_log_sum_exp, tile_log_mass
+from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
@@ -102,6 +103,8 @@ def tiled_attention(
             tile_map, estimated = plan(q, k, mask, config, scale, extras)
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
+        elif config.backend == "auto":
+            reason = router.too_dense(float(tile_map.density.mean()), q)
     if reason is not None or tile_map is None:
         with stages("dense"):
             output, lse, weights = dense_attention(q, k, v, mask, scale, extras, need_lse, need_weights)
@@ -132,8 +135,9 @@ def why_dense(
         return "an additive bias is given"
     if extras.dropout > 0:
         return f"dropout is {extras.dropout}"
-    if k.shape[2] < config.min_length:
-        return f"{k.shape[2]} keys are fewer than min_length = {config.min_length}"
+    shortest = router.shortest(config, q.device, q.dtype, q.shape[3])
+    if k.shape[2] < shortest:
+        return f"{k.shape[2]} keys are fewer than min_length = {shortest}"
     if q.shape[2] < config.query_tile:
         return f"{q.shape[2]} queries are fewer than a query tile ({config.query_tile})"
     if not all(_finite(x) for x in (q, k, v)):
@@ -183,6 +187,10 @@ def _kept_attention(
         allowed = kept & mask.rows(torch.arange(q.shape[2], device=q.device))
         output, lse, _ = reference_attention(q, k, v, allowed, scale, softcap)
         return output, lse
+    if config.backend == "cpu" or (config.backend == "auto" and q.device.type == "cpu" and q.dtype != torch.float64):
+        from aat_hf.kernels.cpu import cpu_attention  # numba, loaded when needed
+
+        return cpu_attention(q, k, v, tile_map, mask, scale, softcap)
     return gather_attention(q, k, v, tile_map, mask, scale, softcap)
 
 
@@ -217,8 +225,8 @@ def _audit(
 ) -> Audit:
     """Exact log-sum-exp of held-out random rows against the kernel's own."""
     rows = held_out_rows(q.shape[2], config, q.device)
-    log_mass = tile_log_mass(q, k, mask, rows, config.key_tile, scale, extras.softcap)
+    exact = measure_rows(q, k, mask, rows, config.key_tile, scale, extras.softcap, extras.sinks)
     lse_kept = lse_kept[:, :, rows]
     if extras.sinks is not None:
         lse_kept = torch.logaddexp(lse_kept, extras.sinks.to(lse_kept)[None, :, None])
-    return audit_rows(lse_kept, row_log_sum_exp(log_mass, extras.sinks), rows)
+    return audit_rows(lse_kept, exact.lse, rows)

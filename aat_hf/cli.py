@@ -36,6 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_arguments(demo)
     doctor = commands.add_parser("doctor", help="what is installed and usable, and how to mend it")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    calibrate = commands.add_parser("calibrate", help="measure this machine, so that the faster kernel is used")
+    calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
+    calibrate.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    calibrate.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    calibrate.add_argument("--heads", type=int, default=8)
+    calibrate.add_argument("--rounds", type=int, default=3)
     bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
     bench.add_argument("name", nargs="?", help="which one; without it they are listed")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
@@ -51,6 +57,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from aat_hf import doctor
 
         return doctor.run(as_json=args.json)
+    if args.command == "calibrate":
+        from aat_hf import calibrate
+
+        return calibrate.run(args)
     return _bench(args.name, args.rest)
 
 

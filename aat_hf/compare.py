@@ -196,6 +196,7 @@ def quality(
     dense: Tensor,
     aat: Tensor,
     *,
+    every: int = 1,
     chunk: int = 256,
     on_position: Callable[[int], None] | None = None,
 ) -> Quality:
@@ -206,10 +207,12 @@ def quality(
         input_ids: The text, (1, tokens).
         dense: Hidden states of the first pass, (tokens, hidden).
         aat: Hidden states of the second pass, (tokens, hidden).
+        every: Compare every so many positions.
         chunk: Positions whose logits are in memory at a time.
         on_position: Told how many positions are done.
     """
-    targets = input_ids[0, 1:]
+    targets = input_ids[0, 1:][::every]
+    dense, aat = dense[:-1][::every], aat[:-1][::every]
     positions = targets.shape[0]
     if positions == 0:
         raise ComparisonError("two tokens at least are needed to predict one")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODES = ("tiled", "skip", "dense")
-BACKENDS = ("auto", "gather", "reference")
+BACKENDS = ("auto", "cpu", "gather", "reference")
 _RANGES: dict[str, tuple[float, float]] = {
     "query_tile": (16, 1024),
     "key_tile": (16, 1024),
@@ -19,11 +19,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sink_tiles": (0, 64),
     "local_tiles": (1, 1024),
     "dense_prefix": (0, 2**31),
-    "min_length": (0, 2**31),
     "audit_rows": (0, 2**20),
     "control_rows": (0, 2**20),
     "seed": (0, 2**63 - 1),
 }
+
+_OPTIONAL: dict[str, tuple[float, float]] = {"sample_stride": (1, 1024), "min_length": (0, 2**31)}
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class AATConfig:
         coarse: give dropped tiles their first-order summary (one centroid) instead of dropping them.
         max_kept: a query tile that would keep more than this fraction of its tiles keeps all of them, in (0, 1].
         dense_prefix: query rows that see at most so many keys are exact.
-        min_length: calls with fewer keys than this go to exact attention.
+        min_length: calls with fewer keys than this go to exact attention; None: the break-even length that
+            `aat calibrate` measured on this machine, 2048 before that.
         control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.
         audit: "recorded" (only while `aat_hf.record` listens), "always" or "never".
-        backend: "auto", "gather" or "reference".
+        backend: kernel of the kept tiles: "cpu" (compiled for this processor; float32, bfloat16, float16), "gather"
+            (PyTorch, any device), "reference" (eager, for tests), or "auto": "cpu" where it can, else "gather".
         seed: seed of the random rows.
         layers: changes for single layers, {layer_idx: {field: value}}.
 
@@ -70,7 +73,7 @@ class AATConfig:
     coarse: bool = False
     max_kept: float = 0.7
     dense_prefix: int = 1024
-    min_length: int = 2048
+    min_length: int | None = None
     control_rows: int = 64
     audit_rows: int = 64
     audit: str = "recorded"
@@ -83,8 +86,9 @@ class AATConfig:
         _number(self, "max_kept", 0, 1, lower_open=True)
         for name, (low, high) in _RANGES.items():
             _integer(self, name, int(low), int(high))
-        if self.sample_stride is not None:
-            _integer(self, "sample_stride", 1, 1024)
+        for name, (low, high) in _OPTIONAL.items():
+            if getattr(self, name) is not None:
+                _integer(self, name, int(low), int(high))
         _choice(self, "mode", MODES)
         _choice(self, "backend", BACKENDS)
         _choice(self, "audit", ("recorded", "always", "never"))

@@ -47,9 +47,20 @@ def tokens_of(model: Any, tokenizer: Any, text: str, tokens: int) -> Tensor:
     return torch.tensor([ids], device=model.device)
 
 
-@torch.inference_mode()
+def look_at_values(model: Any, input_ids: Tensor, look: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+    """As `look_at_layers`, for layer index, q, k and v."""
+    _look(model, input_ids, lambda layer, q, k, v, mask, scale: look(layer, q, k, v))
+
+
 def look_at_layers(model: Any, input_ids: Tensor, look: Look) -> None:
     """Run the model densely and show every attention call to `look`."""
+    _look(model, input_ids, lambda layer, q, k, v, mask, scale: look(layer, q, k, mask, scale))
+
+
+@torch.inference_mode()
+def _look(
+    model: Any, input_ids: Tensor, look: Callable[[int, Tensor, Tensor, Tensor, AttentionMask, float], None]
+) -> None:
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def looking(
@@ -58,7 +69,7 @@ def look_at_layers(model: Any, input_ids: Tensor, look: Look) -> None:
             shape = dict(batch=query.shape[0], heads=query.shape[1], queries=query.shape[2], keys=key.shape[2])
             mask, _ = from_argument(attention_mask, **shape, is_causal=True, device=query.device)
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            look(int(getattr(module, "layer_idx", 0) or 0), query, key, mask, scale)
+            look(int(getattr(module, "layer_idx", 0) or 0), query, key, value, mask, scale)
             return function(module, query, key, value, attention_mask, **kwargs)
 
         return looking

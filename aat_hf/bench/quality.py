@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[{}],
         help='further AATConfig fields as JSON: {"coarse": true}',
     )
+    parser.add_argument("--every", type=int, default=1, help="compare every so many positions")
     parser.add_argument("--out", type=Path, help="write a CSV with one line per pass to this file")
     args = parser.parse_args(argv)
     results = run(args)
@@ -87,7 +88,7 @@ def _case(
     aat_hf.configure(model, **settings.to_dict())
     with aat_hf.record(model) as report:
         tiled = run_pass(model, input_ids, "aat").hidden
-    found = quality(model, input_ids, dense, tiled)
+    found = quality(model, input_ids, dense, tiled, every=args.every)
     return QualityResult(
         args.model, args.text, args.tokens, selector, tolerance, json.dumps(more) if more else "",
         report.density, report.infidelity[0], found.nll_dense, found.nll_difference, found.kl, found.kl_p99,

@@ -18,10 +18,10 @@ from torch import Tensor
 from aat_hf.bench._common import MODELS, TEXTS, environment, load, look_at_layers, markdown_table, tokens_of, write_csv
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
-from aat_hf.tiling.audit import audit_rows
+from aat_hf.tiling.audit import Audit
 from aat_hf.tiling.layout import forced_tiles, held_out_rows
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.measure import born_probabilities, mean_over_query_tiles, row_log_sum_exp, tile_log_mass
+from aat_hf.tiling.measure import mean_over_query_tiles, measure_rows
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import SELECTORS, get_selector
@@ -102,8 +102,7 @@ def examine(
     """(selector, tolerance, per-head tensors (heads,) named as in `HeadResult`) of one attention call, batch 1."""
     config = AATConfig()
     rows = torch.arange(q.shape[2], device=q.device)
-    log_mass = tile_log_mass(q, k, mask, rows, config.key_tile, scale)
-    exact = born_probabilities(log_mass)
+    exact = measure_rows(q, k, mask, rows, config.key_tile, scale).probability
     states = mask.tile_states(config.query_tile, config.key_tile)
     found = []
     for selector in selectors:
@@ -115,7 +114,7 @@ def examine(
             else:
                 mass = get_selector(selector)(scene)
             kept = select_and_repair(scene, mass, forced_tiles(mask, states, scene.config))
-            found.append((selector, tolerance, _judge(scene, kept, log_mass, exact)))
+            found.append((selector, tolerance, _judge(scene, kept, exact)))
     return found
 
 
@@ -124,12 +123,11 @@ def _pad_rows(exact: Tensor, query_tile: int) -> Tensor:
     return torch.nn.functional.pad(exact, (0, 0, 0, -exact.shape[2] % query_tile))
 
 
-def _judge(scene: Scene, kept: Tensor, log_mass: Tensor, exact: Tensor) -> dict[str, Tensor]:
+def _judge(scene: Scene, kept: Tensor, exact: Tensor) -> dict[str, Tensor]:
     row_kept = kept.repeat_interleave(scene.config.query_tile, 2)[:, :, : exact.shape[2]]
     lost = exact.masked_fill(row_kept, 0.0).sum(-1)  # [1, H, N]
     audited = held_out_rows(scene.q.shape[2], scene.config, scene.q.device)
-    kept_lse = row_log_sum_exp(log_mass[:, :, audited].masked_fill(~row_kept[:, :, audited], float("-inf")), None)
-    audit = audit_rows(kept_lse, row_log_sum_exp(log_mass[:, :, audited], None), audited)
+    audit = Audit(audited, lost[:, :, audited])
     visible = (scene.states != 0).sum((-1, -2))
     return {
         "density": (kept.sum((-1, -2)) / visible)[0],

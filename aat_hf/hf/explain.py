@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from aat_hf.config import AATConfig
 from aat_hf.hf.settings import settings_of
+from aat_hf.kernels import router
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,12 @@ def _expect(module: nn.Module, config: AATConfig, length: int) -> tuple[str, str
         return "dense", 'mode is "dense"'
     if config.tolerance == 0:
         return "dense", "tolerance is 0"
-    if length < max(config.min_length, config.query_tile):
-        return "dense", f"{length} keys are fewer than min_length = {config.min_length}"
+    first = next(module.parameters(), torch.zeros(()))
+    shortest = max(
+        router.shortest(config, first.device, first.dtype, getattr(module, "head_dim", 64)), config.query_tile
+    )
+    if length < shortest:
+        return "dense", f"{length} keys are fewer than min_length = {shortest}"
     if isinstance(window, int) and window <= config.dense_prefix:
         return "dense", f"its window of {window} keys is within dense_prefix = {config.dense_prefix}"
     dropout = getattr(module, "attention_dropout", getattr(module, "attn_dropout", 0.0))

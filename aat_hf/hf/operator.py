@@ -6,6 +6,7 @@ force at that time. Only whether a layer may tile at all is decided when the gra
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 from aat_hf.attention import TiledAttentionResult, tiled_attention
 from aat_hf.hf.settings import settings_of
+from aat_hf.kernels import router
 from aat_hf.report.record import recorders_of
 from aat_hf.tiling.masks import AttentionMask, IntervalMask, TensorMask
 
@@ -29,7 +31,14 @@ def run_layer(
     recorders = recorders_of(module)
     config = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
     audit = config.audit == "always" or (config.audit == "recorded" and bool(recorders))
+    in_vain = config.backend == "auto" and config.mode == "tiled" and router.lost_lately(module, key.shape[2])
+    if in_vain:
+        config = config.replace(mode="dense")
     result = tiled_attention(query, key, value, config=config, attn_mask=mask, need_lse=False, audit=audit, **how)
+    if in_vain:
+        result = dataclasses.replace(result, reason=f"{router.FASTER}: this layer's last maps kept too much")
+    else:
+        router.remember(module, key.shape[2], result.reason)
     for recorder in recorders:
         recorder.add(module, result, query.shape[2], key.shape[2])
     return result
@@ -46,7 +55,10 @@ def layer_number(module: nn.Module) -> int:
 def shortest_tiled(module: nn.Module) -> int:
     """Fewest keys with which the layer tiles, by its settings now; -1 when it never does."""
     config = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
-    return -1 if config.mode == "dense" or config.tolerance == 0 else config.min_length
+    if config.mode == "dense" or config.tolerance == 0:
+        return -1
+    first = next(module.parameters(), torch.zeros(()))
+    return router.shortest(config, first.device, first.dtype, getattr(module, "head_dim", 64))
 
 
 def _mask(

@@ -6,17 +6,26 @@ P(J) = sum_{j in J} p_j. The scores of a row are computed against all its keys a
 
 from __future__ import annotations
 
+from typing import NamedTuple, TypeGuard
+
 import torch
 from torch import Tensor
 
 from aat_hf.tiling.layout import group_heads, tiles
-from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.masks import AttentionMask, IntervalMask
 
 _CHUNK_ELEMENTS = 1 << 24  # scores held at a time (64 MiB)
 _CHUNK_ROWS = 128  # short chunks let causal rows skip the keys after them
 
 
-def tile_log_mass(
+class RowMasses(NamedTuple):
+    """probability: P(J) of rows and key tiles (batch, heads, R, key_tiles); lse: of whole rows (batch, heads, R)."""
+
+    probability: Tensor
+    lse: Tensor
+
+
+def measure_rows(
     q: Tensor,
     k: Tensor,
     mask: AttentionMask,
@@ -24,16 +33,55 @@ def tile_log_mass(
     key_tile: int,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
-    """log sum_{j in J} exp(score_ij) of every key tile J for the query `rows` (R,).
+    sinks: Tensor | None = None,
+) -> RowMasses:
+    """Born probabilities of the key tiles and log-sum-exp of the query `rows` (R,), exact.
 
     Args:
         q: (batch, heads, queries, head_dim).
         k: (batch, kv_heads, keys, head_dim).
+        sinks: (heads,) logits of one more key, which belongs to no tile.
 
     Returns:
-        (batch, heads, R, key_tiles), float32 or wider; -inf where a row sees no key of the tile.
+        float32 or wider; a row without keys has probabilities 0 and log-sum-exp -inf.
     """
+    if on_cpu_kernels(mask, q):
+        from aat_hf.kernels import cpu_rows  # numba, loaded when needed
+
+        return with_sinks(RowMasses(*cpu_rows.measure_rows(q, k, mask, rows, key_tile, scale, softcap)), sinks)
+    return normalised(_tile_log_mass(q, k, mask, rows, key_tile, scale, softcap), sinks)
+
+
+def on_cpu_kernels(mask: AttentionMask, q: Tensor) -> TypeGuard[IntervalMask]:
+    """Whether `aat_hf.kernels.cpu_rows` serves the call."""
+    return q.device.type == "cpu" and q.dtype != torch.float64 and isinstance(mask, IntervalMask)
+
+
+def normalised(log_mass: Tensor, sinks: Tensor | None) -> RowMasses:
+    """Probabilities and log-sum-exp from tile log masses (batch, heads, R, key_tiles)."""
+    lse = torch.logsumexp(log_mass, -1)
+    probability = torch.exp(log_mass - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return with_sinks(RowMasses(probability, lse), sinks)
+
+
+def with_sinks(masses: RowMasses, sinks: Tensor | None) -> RowMasses:
+    """The masses when each row has one more key, with the logit `sinks` (heads,) of its head."""
+    if sinks is None:
+        return masses
+    lse = torch.logaddexp(masses.lse, sinks.to(masses.lse)[None, :, None])
+    return RowMasses(masses.probability * torch.exp(masses.lse - lse)[..., None], lse)
+
+
+def _tile_log_mass(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """log sum_{j in J} exp(score_ij): (batch, heads, R, key_tiles); -inf where a row sees no key of the tile."""
     batch, heads = q.shape[:2]
     step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // (batch * heads * k.shape[2])))
     pieces = []
@@ -64,18 +112,6 @@ def scores_by_tile(
     scores = scores.masked_fill_(~mask.rows(rows)[..., :high], float("-inf"))
     scores = torch.nn.functional.pad(scores, (0, -high % key_tile), value=float("-inf"))
     return scores.unflatten(-1, (-1, key_tile))
-
-
-def row_log_sum_exp(log_mass: Tensor, sinks: Tensor | None) -> Tensor:
-    """Log-sum-exp of whole rows from their tile log masses: (batch, heads, R); `sinks` (heads,) is one more key."""
-    lse = torch.logsumexp(log_mass, -1)
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse)[None, :, None])
-
-
-def born_probabilities(log_mass: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """P(J) of every row: (batch, heads, R, key_tiles); rows without keys are zero."""
-    lse = row_log_sum_exp(log_mass, sinks)
-    return torch.exp(log_mass - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
 def mean_over_query_tiles(probabilities: Tensor, query_tiles: int) -> Tensor:

@@ -8,10 +8,41 @@ from torch import Tensor
 from aat_hf.config import AATConfig
 from aat_hf.tiling.layout import diagonal_tiles, group_heads, sampled_rows, tile_keys, tiles
 from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.measure import RowMasses, normalised, on_cpu_kernels, with_sinks
 from aat_hf.tiling.moments import Moments, log_mass
 
 
-def predicted_log_mass(
+def predict_rows(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    moments: Moments,
+    config: AATConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> RowMasses:
+    """Predicted probabilities of every tile for every `predict_stride`-th row, and the rows' log-sum-exp.
+
+    Returns:
+        R = query_tiles * rows per tile.
+    """
+    if not on_cpu_kernels(mask, q):
+        return normalised(_predicted_log_mass(q, k, mask, moments, config, scale, softcap), sinks)
+    from aat_hf.kernels import cpu_rows  # numba, loaded when needed
+
+    rows = sampled_rows(q.shape[2], config.query_tile, config.predict_stride, q.device).flatten()
+    low, _ = diagonal_tiles(mask, config.query_tile, config.key_tile)
+    reach = config.local_tiles - 1
+    first = (low - reach).repeat_interleave(config.query_tile, 1)[:, : q.shape[2]]
+    width = tiles(config.query_tile, config.key_tile) + 2 * reach
+    found = cpu_rows.measure_rows(
+        q, k, mask, rows, config.key_tile, scale, softcap, moments, first, width, config.sink_tiles
+    )
+    return with_sinks(RowMasses(*found), sinks)
+
+
+def _predicted_log_mass(
     q: Tensor,
     k: Tensor,
     mask: AttentionMask,

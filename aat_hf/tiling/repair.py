@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aat_hf.tiling.layout import control_rows
 from aat_hf.tiling.masks import NONE
-from aat_hf.tiling.measure import born_probabilities, tile_log_mass
+from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.select import Scene, select_tiles
 
 _PASSES = 3  # first selection and at most two repairs
@@ -34,8 +34,8 @@ def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
     if not config.control_rows:
         return kept
     rows = control_rows(scene.q.shape[2], config, scene.q.device)
-    log_mass = tile_log_mass(scene.q, scene.k, scene.mask, rows, config.key_tile, scene.scale, scene.softcap)
-    born = born_probabilities(log_mass, scene.sinks)
+    how = (config.key_tile, scene.scale, scene.softcap, scene.sinks)
+    born = measure_rows(scene.q, scene.k, scene.mask, rows, *how).probability
     for _ in range(_PASSES - 1):
         lost = _lost(born, kept, rows, config.query_tile)
         missed = lost > config.tolerance

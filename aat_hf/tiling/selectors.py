@@ -10,9 +10,9 @@ from torch import Tensor
 
 from aat_hf.tiling.layout import group_heads, sampled_rows, tile_keys
 from aat_hf.tiling.masks import NONE
-from aat_hf.tiling.measure import born_probabilities, mean_over_query_tiles, tile_log_mass
+from aat_hf.tiling.measure import mean_over_query_tiles, measure_rows
 from aat_hf.tiling.moments import merge, summarise
-from aat_hf.tiling.predict import predicted_log_mass
+from aat_hf.tiling.predict import predict_rows
 from aat_hf.tiling.select import Scene, Selector
 
 SELECTORS: dict[str, Selector] = {}
@@ -41,8 +41,9 @@ def measured(scene: Scene) -> Tensor:
 
 def moments(scene: Scene) -> Tensor:
     """Second-order prediction from sub-tile moments for every `predict_stride`-th row."""
-    mass = predicted_log_mass(scene.q, scene.k, scene.mask, scene.moments, scene.config, scene.scale, scene.softcap)
-    return mean_over_query_tiles(born_probabilities(mass, scene.sinks), scene.states.shape[2])
+    how = (scene.config, scene.scale, scene.softcap, scene.sinks)
+    predicted = predict_rows(scene.q, scene.k, scene.mask, scene.moments, *how)
+    return mean_over_query_tiles(predicted.probability, scene.states.shape[2])
 
 
 def mix(scene: Scene) -> Tensor:
@@ -89,10 +90,9 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
 
 def _measured(scene: Scene, stride: int) -> Tensor:
     rows = sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
-    mass = tile_log_mass(
-        scene.q, scene.k, scene.mask, rows.flatten(), scene.config.key_tile, scene.scale, scene.softcap
-    )
-    return mean_over_query_tiles(born_probabilities(mass, scene.sinks), len(rows))
+    how = (scene.config.key_tile, scene.scale, scene.softcap, scene.sinks)
+    found = measure_rows(scene.q, scene.k, scene.mask, rows.flatten(), *how)
+    return mean_over_query_tiles(found.probability, len(rows))
 
 
 def _mean_queries(scene: Scene) -> Tensor:

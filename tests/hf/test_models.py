@@ -253,12 +253,13 @@ def test_models_that_would_ignore_the_name_are_refused(name):
         tf.AutoModel.from_config(config, attn_implementation="aat")
 
 
-def test_one_padded_call_tiles_with_linear_memory():
+@pytest.mark.parametrize("backend", ["cpu", "gather"])
+def test_one_padded_call_tiles_with_linear_memory(backend):
     """Padded, 4096 tokens, tiny head: no tensor of the call reaches N x N elements of one head."""
     q = torch.randn(1, 1, 4096, 8)
     padding = torch.ones(1, 4096, dtype=torch.bool)
     padding[0, :100] = False
     mask = aat_hf.tiling.masks.causal_mask(4096, 4096, q.device, key_valid=padding)
     with Largest() as largest:
-        aat_hf.tiled_attention(q, q, q, attn_mask=mask, config=aat_hf.AATConfig(tolerance=0.05))
+        aat_hf.tiled_attention(q, q, q, attn_mask=mask, config=aat_hf.AATConfig(tolerance=0.05, backend=backend))
     assert largest.seen < 4096 * 4096 / 4

@@ -1,0 +1,241 @@
+"""Tiled attention on the CPU: compiled loops over the exact tiles, as operators that autograd and torch.compile know.
+
+`cpu_attention` has the contract of `gather_attention`. The map and the mask are lowered to five tensors, the operators
+`aat_hf::tiled_forward` and `aat_hf::tiled_backward` run the loops of `cpu_forward` on torch's number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aat_hf.kernels import cpu_backward, cpu_forward
+from aat_hf.kernels.cpu_matrices import KEYS, Grid, Matrix, Rule, padded
+from aat_hf.kernels.cpu_threads import run
+from aat_hf.kernels.simd import PANEL
+from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.tile_map import EXACT, TileMap
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MASK_ELEMENTS = 1 << 15  # mask positions evaluated at a time: from here on torch would use its threads
+_CHUNKS = 16  # work items of a backward pass, if that many are not given by batch x kv_heads
+_CHUNK_BYTES = 1 << 28  # ... as long as their sums of dK and dV fit here
+
+
+class LoweredTiles(NamedTuple):
+    """The exact tiles of a `TileMap` and its mask as tensors; see `cpu_Grid`."""
+
+    starts: Tensor
+    columns: Tensor
+    cuts: Tensor
+    masks: Tensor
+
+
+def cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_map: TileMap,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the exact tiles of `tile_map`; differentiable in q, k and v through both results.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float32, bfloat16 or float16.
+        k: (batch, kv_heads, keys, head_dim).
+        v: (batch, kv_heads, keys, value_dim).
+
+    Returns:
+        output (batch, heads, queries, value_dim) in v's dtype and log-sum-exp (batch, heads, queries) in float32; a
+        row without kept keys has output 0 and log-sum-exp -inf.
+    """
+    output, lse, _ = cpu_skip_attention(q, k, v, tile_map, mask, scale, softcap, -math.inf)
+    return output, lse
+
+
+def cpu_skip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_map: TileMap,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+    skip_below: float = -math.inf,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cpu_attention` that leaves out what lies far below the running maximum.
+
+    Tiles are visited in the order first, last, then backwards. A panel of queries leaves out a block of keys when for
+    each of its rows the highest score there is below the running maximum by more than -skip_below.
+
+    Returns:
+        output, log-sum-exp of what was computed, and (batch, heads, queries) float32: an upper bound of the
+        probability that was left out. Gradients are those of what was computed; the bound has none.
+    """
+    if q.dtype not in KINDS or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"the CPU kernel computes in float32 from float32, bfloat16 or float16; q, k, v are {q.dtype}, {k.dtype}, "
+            f'{v.dtype}: convert them, or use backend="gather", which takes float64'
+        )
+    tiles = lower_tiles(tile_map, mask)
+    output, lse, lost, _ = tiled_forward(
+        q, k, v, *tiles, tile_map.query_tile, tile_map.key_tile, scale, softcap, skip_below
+    )
+    return output, lse, lost.detach()
+
+
+def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
+    """Exact tiles as compressed rows; each distinct cut tile (the mask's heads and batch) is evaluated once."""
+    # numpy: a thousand elements here and there are not worth torch's threads
+    exact = tile_map.levels.numpy() == EXACT
+    starts = np.concatenate([[0], exact.cumsum()])[tile_map.row_start.numpy()]
+    columns, (cut,) = tile_map.columns.numpy()[exact], tile_map.cut.numpy()[exact].nonzero()
+    _, heads, query_tiles, key_tiles = tile_map.shape
+    own_batch, own_heads = (size > 1 for size in tile_map.states.shape[:2])
+    row, column = starts.searchsorted(cut, side="right") - 1, columns[cut]
+    head = row // query_tiles
+    shared = head // heads * own_batch * heads + head % heads * own_heads
+    places, index = np.unique((shared * query_tiles + row % query_tiles) * key_tiles + column, return_inverse=True)
+    cuts = np.full_like(columns, -1)
+    cuts[cut] = index
+    masks = _mask_tiles(torch.from_numpy(places), tile_map, mask)
+    return LoweredTiles(torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(cuts), masks)
+
+
+def _mask_tiles(places: Tensor, tile_map: TileMap, mask: AttentionMask) -> Tensor:
+    """The mask in the given tiles of the dense map: (places, key_tile, padded query_tile) uint8."""
+    _, heads, query_tiles, key_tiles = tile_map.shape
+    width = -(-tile_map.query_tile // PANEL) * PANEL
+    masks = torch.empty(len(places), tile_map.key_tile, width, dtype=torch.bool)
+    step = max(1, _MASK_ELEMENTS // (tile_map.key_tile * width))
+    within_tile = torch.arange(width).clamp(max=tile_map.query_tile - 1)  # lanes past the end repeat the last query
+    for begin in range(0, len(places), step):
+        place = places[begin : begin + step, None, None]
+        head, tile, column = place // key_tiles // query_tiles, place // key_tiles % query_tiles, place % key_tiles
+        query = (tile * tile_map.query_tile + within_tile).clamp(max=mask.queries - 1)
+        key = (column * tile_map.key_tile + torch.arange(tile_map.key_tile)[:, None]).clamp(max=mask.keys - 1)
+        masks[begin : begin + step] = mask.allowed(head // heads, head % heads, query, key)
+    return masks.view(torch.uint8)
+
+
+@torch.library.custom_op("aat_hf::tiled_forward", mutates_args=(), device_types="cpu")
+def tiled_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor,
+    query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, log-sum-exp, bound of what was skipped, and which pieces were (see `cpu_cpu_forward.forward`)."""
+    output, lse, lost, skipped = _forward_results(q, v, columns, query_tile, key_tile, skip_below)
+    inputs = (as_matrix(q), as_matrix(k), as_matrix(v), _grid(q, k, starts, columns, cuts, masks, query_tile, key_tile))
+    results = (as_matrix(output), lse.view(-1).numpy(), lost.view(-1).numpy(), skipped.zero_().numpy())
+    work = len(columns) * query_tile * key_tile * (q.shape[-1] + v.shape[-1])
+    run(cpu_forward.forward, work, *inputs, as_rule(scale, softcap, skip_below), *results)
+    return output, lse, lost, skipped
+
+
+def _forward_results(
+    q: Tensor, v: Tensor, columns: Tensor, query_tile: int, key_tile: int, skip_below: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pieces = -(-query_tile // PANEL) * -(-key_tile // KEYS)
+    return (
+        v.new_empty(*q.shape[:3], v.shape[-1]),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty((columns.shape[0] if skip_below > -math.inf else 0, pieces), dtype=torch.uint8),
+    )
+
+
+@tiled_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor,
+    query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward_results(q, v, columns, query_tile, key_tile, skip_below)
+
+
+@torch.library.custom_op("aat_hf::tiled_backward", mutates_args=(), device_types="cpu")
+def tiled_backward(
+    d_output: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, skipped: Tensor,
+    starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor,
+    query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v from those of output and log-sum-exp."""
+    d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    edges, chunks = _chunks(starts, q, k, v)
+    # numpy's own memory: unlike torch it asks the kernel for huge pages, and first touches are what these cost
+    sum_k, sum_v = (np.empty((len(edges) - 1, k.shape[2], padded(x.shape[-1])), np.float32) for x in (k, v))
+    touched = np.zeros((len(edges) - 1, -(-k.shape[2] // key_tile)), np.uint8)
+    inputs = [as_matrix(x) for x in (q, k, v, output, d_output.to(v.dtype))]
+    rows = [x.detach().contiguous().view(-1).numpy() for x in (lse, d_lse)]
+    grid = _grid(q, k, starts, columns, cuts, masks, query_tile, key_tile)
+    sums = (edges.numpy(), as_matrix(d_q), sum_k, sum_v, touched)
+    work = 5 * len(columns) * query_tile * key_tile * max(q.shape[-1], v.shape[-1])
+    run(cpu_backward.backward, work, *inputs, *rows, grid, as_rule(scale, softcap, skip_below), skipped.numpy(), *sums)
+    for total, result in ((sum_k, d_k), (sum_v, d_v)):
+        run(cpu_backward.reduce, 8 * total.size, total, touched, k.shape[2], key_tile, chunks, as_matrix(result))
+    return d_q, d_k, d_v
+
+
+@tiled_backward.register_fake
+def _(
+    d_output: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, skipped: Tensor,
+    starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor,
+    query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], output[0], output[1], output[3])
+    ctx.numbers = inputs[7:]
+
+
+def _gradients(ctx: Any, d_output: Tensor, d_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, *tiles, output, lse, skipped = ctx.saved_tensors
+    return *tiled_backward(d_output, d_lse, q, k, v, output, lse, skipped, *tiles, *ctx.numbers), *(None,) * 9
+
+
+tiled_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def as_matrix(x: Tensor) -> Matrix:
+    """Rows of the last dimension, sharing memory with `x` where it is contiguous."""
+    rows = x.detach().contiguous().view(-1, x.shape[-1])
+    kind = KINDS[x.dtype]
+    if kind:
+        return Matrix(np.empty((0, 0), np.float32), rows.view(torch.uint16).numpy(), kind)
+    return Matrix(rows.numpy(), np.empty((0, 0), np.uint16), kind)
+
+
+def _grid(
+    q: Tensor, k: Tensor, starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor, query_tile: int, key_tile: int
+) -> Grid:
+    starts, columns, cuts, masks = (x.contiguous() for x in (starts, columns, cuts, masks))
+    sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2], query_tile, key_tile
+    return Grid(starts.numpy(), columns.numpy(), cuts.numpy(), masks.numpy(), *sizes)
+
+
+def as_rule(scale: float, softcap: float | None, skip_below: float) -> Rule:
+    """The numbers of `Rule` from natural units."""
+    number, log2e = np.float32, 1 / math.log(2)
+    skip = number(skip_below * log2e)
+    if softcap is None:
+        return Rule(number(scale * log2e), number(1), number(1), False, number(scale), skip)
+    return Rule(number(1), number(scale / softcap), number(softcap * log2e), True, number(scale), skip)
+
+
+def _chunks(starts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
+    """Edges of the backward pass's chunks of query tiles, as many for each head of k; depends on no thread count."""
+    owners = k.shape[0] * k.shape[1]
+    rows = (len(starts) - 1) // owners
+    copy = 4 * owners * k.shape[2] * (padded(k.shape[3]) + padded(v.shape[3]))
+    chunks = max(1, min(-(-_CHUNKS // owners), _CHUNK_BYTES // copy, rows))
+    first = torch.arange(owners)[:, None] * rows
+    begin, end = starts[first], starts[first + rows]
+    edges = torch.searchsorted(starts, begin + (end - begin) * torch.arange(chunks) // chunks)
+    return torch.cat([edges.clamp(min=first, max=first + rows).flatten(), torch.tensor([len(starts) - 1])]), chunks

@@ -1,0 +1,250 @@
+"""Backward loops of the CPU kernel, compiled by numba: dQ of a run of query tiles, and its sums of dK and dV."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from aat_hf.kernels import simd
+from aat_hf.kernels.cpu_matrices import (
+    KEYS,
+    Bytes,
+    Floats,
+    Grid,
+    Matrix,
+    Numbers,
+    Rule,
+    aligned,
+    entry,
+    jit,
+    load,
+    pack,
+    padded,
+    piece,
+    place,
+    seen_keys,
+    store,
+)
+from aat_hf.kernels.simd import LOWEST, PANEL
+
+QUERIES = 64  # fewer than forward: P and dS of all of them are held too
+LOG2E = np.float32(1 / math.log(2))
+_jit_reassociate = njit(nogil=True, boundscheck=False, fastmath={"reassoc"})  # sums in vectors; still deterministic
+
+
+class Backward(NamedTuple):
+    """Buffers of one thread: Q^T, dO^T and dQ^T of all panels, Q and dO as rows, P and dS (KEYS, queries).
+
+    Attributes:
+        lse, delta: (queries,) base-2 log-sum-exp and sum of P dP less the gradient of the log-sum-exp.
+        ones, unused: (PANEL,) a factor that changes nothing and a maximum that nobody reads.
+        scratch, out_rows, k, v: converted rows.
+    """
+
+    q: Floats
+    do: Floats
+    dq: Floats
+    q_rows: Floats
+    do_rows: Floats
+    p: Floats
+    ds: Floats
+    lse: Floats
+    delta: Floats
+    ones: Floats
+    unused: Floats
+    scratch: Floats
+    out_rows: Floats
+    k: Floats
+    v: Floats
+
+
+@_jit_reassociate
+def _dot(x: Floats, y: Floats, row: int) -> Any:
+    total = np.float32(0)
+    for d in range(x.shape[1]):
+        total += x[row, d] * y[row, d]
+    return total
+
+
+@jit
+def _widen(rows: Floats, width: int, out: Floats) -> None:
+    """Copy (n, dim) into rows of `width` floats, the rest 0."""
+    dim = rows.shape[1]
+    for i in range(rows.shape[0]):
+        for d in range(dim):
+            out[i * width + d] = rows[i, d]
+        for d in range(dim, width):
+            out[i * width + d] = 0
+
+
+@jit
+def _load_queries(
+    at: int, count: int, q: Matrix, out: Matrix, d_out: Matrix, lse: Floats, d_lse: Floats, factor: np.float32,
+    work: Backward,
+) -> None:  # fmt: skip
+    """Q and dO of `count` queries from row `at` on, as rows and as panels; log-sum-exp in base 2; sum P dP."""
+    rows = load(q, at, count, work.scratch)
+    dim = rows.shape[1]
+    work.q_rows.fill(0)
+    work.do_rows.fill(0)
+    _widen(rows, padded(dim), work.q_rows)
+    for p in range(padded(count) // PANEL):
+        pack(rows, p * PANEL, factor, work.q[p * dim * PANEL :])
+    rows = load(d_out, at, count, work.scratch)
+    dim = rows.shape[1]
+    _widen(rows, padded(dim), work.do_rows)
+    for p in range(padded(count) // PANEL):
+        pack(rows, p * PANEL, np.float32(1), work.do[p * dim * PANEL :])
+    out_rows = load(out, at, count, work.out_rows)
+    for i in range(work.lse.size):
+        work.lse[i], work.delta[i] = -LOWEST, 0  # past the end, and rows without keys: every weight is 0
+        if i < count and lse[at + i] > -np.inf:
+            work.lse[i] = lse[at + i] * LOG2E
+            work.delta[i] = _dot(rows, out_rows, i) - d_lse[at + i]
+
+
+@jit
+def _weights(
+    p: int, k_at: int, v_at: int, dim: int, value_dim: int, keys: int, cut: int, inside: int, lane: int, left_out: bool,
+    grid: Grid, rule: Rule, work: Backward,
+) -> tuple[int, int]:  # fmt: skip
+    """P and dS of panel `p` against `keys` rows of K and V, dQ += K^T dS; the range of keys that it sees."""
+    width, low, high, one = work.lse.size, 0, keys, np.float32(1)
+    if cut >= 0:
+        low, high = seen_keys(grid.masks, cut, inside, keys, lane)
+    if left_out:
+        low, high = keys, 0
+    for j in range(keys):
+        if j < low or j >= high:
+            for i in range(p * PANEL, (p + 1) * PANEL):
+                work.p[j * width + i] = 0
+                work.ds[j * width + i] = 0
+    if low >= high:
+        return low, high
+    rows, place, panel = high - low, (low * width + p * PANEL) * 4, p * PANEL * 4
+    p_at, ds_at = work.p.ctypes.data + place, work.ds.ctypes.data + place
+    k_at, v_at = k_at + low * dim * 4, v_at + low * value_dim * 4
+    simd.scores(k_at, dim, rows, work.q.ctypes.data + panel * dim, PANEL, p_at, width, dim, 0)
+    simd.scores(v_at, value_dim, rows, work.do.ctypes.data + panel * value_dim, PANEL, ds_at, width, value_dim, 0)
+    lse_at, delta_at = work.lse.ctypes.data + panel, work.delta.ctypes.data + panel
+    if rule.capped:
+        simd.gradient_capped(p_at, ds_at, width, rows, lse_at, delta_at, rule.scale, rule.inner, rule.outer)
+    else:
+        simd.gradient(p_at, ds_at, width, rows, lse_at, delta_at, rule.scale, one, one)
+    if cut >= 0:
+        step, unused = grid.masks.shape[2], work.unused.ctypes.data
+        allowed = grid.masks.ctypes.data + (cut * grid.key_tile + inside + low) * step + lane
+        simd.mask_panel(p_at, width, rows, allowed, step, unused, np.float32(0))
+        simd.mask_panel(ds_at, width, rows, allowed, step, unused, np.float32(0))
+    simd.mix_product(
+        k_at, dim, dim, ds_at, width, work.dq.ctypes.data + panel * dim, PANEL, rows, work.ones.ctypes.data
+    )
+    return low, high
+
+
+@jit
+def _tile_gradients(
+    tile: int, lane: int, count: int, first_row: int, k: Matrix, v: Matrix, grid: Grid, rule: Rule, work: Backward,
+    skipped: Bytes, sum_k: Floats, sum_v: Floats,
+) -> None:  # fmt: skip
+    """`count` packed queries, from `lane` of their tile on, and one key tile: adds to dQ, dK and dV."""
+    dim, value_dim = max(k.wide.shape[1], k.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
+    wide, value_wide, width = sum_k.shape[1], sum_v.shape[1], work.lse.size
+    key_first = grid.columns[tile] * grid.key_tile
+    key_end = min(key_first + grid.key_tile, grid.keys)
+    for key in range(key_first, key_end, KEYS):
+        keys, inside = min(KEYS, key_end - key), key - key_first
+        k_at = load(k, first_row + key, keys, work.k).ctypes.data
+        v_at = load(v, first_row + key, keys, work.v).ctypes.data
+        low, high = keys, 0
+        for p in range(width // PANEL):
+            at = lane + p * PANEL
+            left_out = p * PANEL >= count or (rule.skip > -np.inf and skipped[tile, piece(at, inside, grid)] != 0)
+            cut = grid.cuts[tile] if p * PANEL < count else -1
+            a, b = _weights(p, k_at, v_at, dim, value_dim, keys, cut, inside, at, left_out, grid, rule, work)
+            low, high = min(low, a), max(high, b)
+        if low >= high:
+            continue
+        p_at, ds_at = work.p.ctypes.data + low * width * 4, work.ds.ctypes.data + low * width * 4
+        for d in range(0, value_wide, PANEL):
+            to = sum_v.ctypes.data + ((key + low) * value_wide + d) * 4
+            rows = work.do_rows.ctypes.data + d * 4
+            simd.add_product(p_at, width, high - low, rows, value_wide, to, value_wide, width, 0)
+        for d in range(0, wide, PANEL):
+            to = sum_k.ctypes.data + ((key + low) * wide + d) * 4
+            simd.add_product(ds_at, width, high - low, work.q_rows.ctypes.data + d * 4, wide, to, wide, width, 0)
+
+
+@entry
+def backward(
+    counter: Numbers, q: Matrix, k: Matrix, v: Matrix, out: Matrix, d_out: Matrix, lse: Floats, d_lse: Floats,
+    grid: Grid, rule: Rule, skipped: Bytes, edges: Numbers, d_q: Matrix, sum_k: Floats, sum_v: Floats, touched: Bytes,
+) -> None:  # fmt: skip
+    """Take chunks of query tiles, `edges[c] <= row < edges[c + 1]`, from the queue until it is empty.
+
+    A chunk belongs to one head of k and v and sums its dK and dV in buffers of its own, always in the same order.
+
+    Args:
+        sum_k, sum_v: (chunks, keys, padded dim), not initialised.
+        touched: (chunks, key_tiles) uint8, set where sum_k and sum_v hold something.
+    """
+    dim, value_dim = max(q.wide.shape[1], q.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
+    most = min(padded(grid.query_tile), QUERIES)
+    work = Backward(
+        aligned(most * dim), aligned(most * value_dim), aligned(most * dim), aligned(most * sum_k.shape[2]),
+        aligned(most * sum_v.shape[2]), aligned(KEYS * most), aligned(KEYS * most), aligned(most), aligned(most),
+        aligned(PANEL), aligned(PANEL), aligned(most * max(dim, value_dim)), aligned(most * value_dim),
+        aligned(KEYS * dim), aligned(KEYS * value_dim),
+    )  # fmt: skip
+    work.ones.fill(1)
+    while True:
+        chunk = simd.take_number(counter.ctypes.data)
+        if chunk >= sum_k.shape[0]:
+            return
+        for row in range(edges[chunk], edges[chunk + 1]):
+            head, kv_head, tile_first, tile_end = place(row, grid)
+            for tile in range(grid.starts[row], grid.starts[row + 1]):
+                column = grid.columns[tile]
+                if not touched[chunk, column]:
+                    touched[chunk, column] = 1
+                    sum_k[chunk, column * grid.key_tile : (column + 1) * grid.key_tile] = 0
+                    sum_v[chunk, column * grid.key_tile : (column + 1) * grid.key_tile] = 0
+            for first in range(tile_first, tile_end, most):
+                count, at, lane = min(tile_end - first, most), head * grid.queries + first, first - tile_first
+                _load_queries(at, count, q, out, d_out, lse, d_lse, rule.factor, work)
+                work.dq.fill(0)
+                for tile in range(grid.starts[row], grid.starts[row + 1]):
+                    _tile_gradients(
+                        tile, lane, count, kv_head * grid.keys, k, v, grid, rule, work, skipped, sum_k[chunk],
+                        sum_v[chunk],
+                    )  # fmt: skip
+                for i in range(count):
+                    for d in range(dim):
+                        work.scratch[d] = work.dq[(i // PANEL * dim + d) * PANEL + i % PANEL]
+                    store(d_q, at + i, work.scratch)
+
+
+@entry
+def reduce(
+    counter: Numbers, sums: Floats, touched: Bytes, keys: int, key_tile: int,
+    chunks: int, out: Matrix,
+) -> None:  # fmt: skip
+    """Take key tiles of heads of k and v; add their `chunks` sums in order and write them to `out`."""
+    dim = max(out.wide.shape[1], out.bits.shape[1])
+    tiles = (keys - 1) // key_tile + 1
+    total = aligned(dim)
+    while True:
+        item = simd.take_number(counter.ctypes.data)
+        if item >= sums.shape[0] // chunks * tiles:
+            return
+        head, column = item // tiles, item % tiles
+        for key in range(column * key_tile, min(column * key_tile + key_tile, keys)):
+            total.fill(0)
+            for chunk in range(head * chunks, (head + 1) * chunks):
+                if touched[chunk, column]:
+                    for d in range(dim):
+                        total[d] += sums[chunk, key, d]
+            store(out, head * keys + key, total)

@@ -1,0 +1,190 @@
+"""What the compiled loops of the CPU kernels share: types, matrices of any input dtype, panels.
+
+Queries sit in vector lanes, `PANEL` at a time, so everything about a panel is kept transposed: Q^T, O^T and the
+scores (keys, PANEL). Rows of K and V are then read where they lie, a scalar at a time, and the softmax needs no sums
+across lanes. Scores are in base 2: log2(e) is part of the factor of q. Matrices go to the micro-kernels by address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from aat_hf.kernels import simd
+from aat_hf.kernels.simd import PANEL
+
+KEYS = 64  # keys whose scores are held at once
+Floats: TypeAlias = NDArray[np.float32]
+Numbers: TypeAlias = NDArray[np.int64]
+Bytes: TypeAlias = NDArray[np.uint8]
+jit = njit(nogil=True, boundscheck=False, error_model="numpy")
+_SHARED = ("simd.py", "simd_moments.py", "cpu_matrices.py")  # numba's cache looks at a loop's own file only
+_CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
+
+
+def entry(function: Any) -> Any:
+    """Compile a loop that is called from Python, and cache the result on disk where numba finds a place."""
+    options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    # The cache's file is named after this, so that a change of what all loops share counts.
+    function.__qualname__ = f"{function.__name__}_{simd.LANES}_{_CODE[:16]}"
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError as error:
+        text = "every process will compile the CPU kernels anew, set NUMBA_CACHE_DIR to a writable directory: %s"
+        logging.getLogger("aat_hf").warning(text, error)
+        return njit(**options)(function)
+
+
+class Matrix(NamedTuple):
+    """(rows, dim) float32 in `wide`, or the bits of bfloat16 (kind 1) or float16 (kind 2) in `bits`."""
+
+    wide: Floats
+    bits: NDArray[np.uint16]
+    kind: int
+
+
+class Grid(NamedTuple):
+    """Which tiles are computed.
+
+    Attributes:
+        starts: (batch * heads * query_tiles + 1,) int64; row r has the tiles starts[r] <= t < starts[r + 1].
+        columns: (tiles,) int64, key tile.
+        cuts: (tiles,) int64, index into `masks`; -1 when the mask does not cut the tile.
+        masks: (cut tiles, key_tile, padded query_tile) uint8, 1 where the query may see the key.
+    """
+
+    starts: Numbers
+    columns: Numbers
+    cuts: Numbers
+    masks: Bytes
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    query_tile: int
+    key_tile: int
+
+
+class Rule(NamedTuple):
+    """How a base-2 score is made: outer * tanh(inner * q k) if capped, else q k with `factor` in q.
+
+    Attributes:
+        factor: what q is multiplied with (1 if capped).
+        scale: derivative of a natural score by q k, without tanh's own.
+        skip: base-2 threshold of the skip rule; -inf: off.
+    """
+
+    factor: np.float32
+    inner: np.float32
+    outer: np.float32
+    capped: bool
+    scale: np.float32
+    skip: np.float32
+
+
+@jit
+def aligned(size: int) -> Any:
+    """Uninitialised float32 (size,) at a multiple of 64 bytes."""
+    buffer = np.empty(size + 16, np.float32)
+    first = (-(buffer.ctypes.data // 4)) % 16
+    return buffer[first : first + size]
+
+
+@jit
+def padded(size: int) -> int:
+    """`size` rounded up to whole panels."""
+    return (size + PANEL - 1) // PANEL * PANEL
+
+
+@jit
+def load(x: Matrix, first: int, count: int, scratch: Floats) -> Any:
+    """Rows first .. first + count as float32 (count, dim): in place, or converted into `scratch`."""
+    if x.kind == 0:
+        return x.wide[first : first + count]
+    words = scratch.view(np.uint32)
+    dim = x.bits.shape[1]
+    bits = x.bits[first : first + count].reshape(-1)
+    if x.kind == 1:
+        for i in range(bits.size):
+            words[i] = np.uint32(bits[i]) << np.uint32(16)
+    else:
+        for i in range(bits.size):
+            words[i] = np.uint32(bits[i] & np.uint16(0x7FFF)) << np.uint32(13)
+        for i in range(bits.size):
+            scratch[i] *= np.float32(2.0**112)  # the exponents' biases; right for denormals too
+        for i in range(bits.size):
+            sign = np.uint32(bits[i] & np.uint16(0x8000)) << np.uint32(16)
+            special = np.uint32(0x7F800000) if (bits[i] & np.uint16(0x7C00)) == 0x7C00 else np.uint32(0)
+            words[i] |= sign | special
+    return scratch[: count * dim].reshape(count, dim)
+
+
+@jit
+def store(x: Matrix, row: int, scratch: Floats) -> None:
+    """Write `scratch` (dim,) as one row, rounded to nearest even."""
+    if x.kind == 0:
+        for i in range(x.wide.shape[1]):
+            x.wide[row, i] = scratch[i]
+        return
+    words = scratch.view(np.uint32)
+    for i in range(x.bits.shape[1]):
+        w = words[i]
+        sign, size = (w >> np.uint32(16)) & np.uint32(0x8000), w & np.uint32(0x7FFFFFFF)
+        if size > np.uint32(0x7F800000):
+            half = np.uint32(0x7FFF)
+        elif x.kind == 1:
+            half = (size + np.uint32(0x7FFF) + ((size >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        elif size >= np.uint32(0x47800000):
+            half = np.uint32(0x7C00)
+        elif size < np.uint32(0x38800000):  # a denormal float16, a multiple of 2^-24: adding 1/2 rounds to these
+            scratch[i] = abs(scratch[i]) + np.float32(0.5)
+            half = words[i] - np.uint32(0x3F000000)
+        else:
+            odd = (size >> np.uint32(13)) & np.uint32(1)
+            half = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+        x.bits[row, i] = np.uint16(sign | half)
+
+
+@jit
+def pack(rows: Floats, lane: int, factor: np.float32, panel: Floats) -> None:
+    """panel (dim, PANEL) = factor * rows[lane : lane + PANEL]^T; the last row fills the lanes past the end."""
+    last = rows.shape[0] - 1
+    for d in range(rows.shape[1]):
+        for i in range(PANEL):
+            panel[d * PANEL + i] = rows[min(lane + i, last), d] * factor
+
+
+@jit
+def seen_keys(masks: Bytes, cut: int, first: int, count: int, lane: int) -> tuple[int, int]:
+    """Range of the keys first .. first + count that a query of the panel at `lane` may see, relative to `first`."""
+    low, high = count, 0
+    for j in range(count):
+        seen = np.uint8(0)
+        for i in range(PANEL):
+            seen |= masks[cut, first + j, lane + i]
+        if seen:
+            low = min(low, j)
+            high = j + 1
+    return low, high
+
+
+@jit
+def place(row: int, grid: Grid) -> tuple[int, int, int, int]:
+    """Head, head of k and v, first query and one past the last of a query tile; heads counted through the batch."""
+    tiles = (grid.queries - 1) // grid.query_tile + 1
+    head = row // tiles
+    kv_head = head // grid.heads * grid.kv_heads + head % grid.heads // (grid.heads // grid.kv_heads)
+    first = row % tiles * grid.query_tile
+    return head, kv_head, first, min(first + grid.query_tile, grid.queries)
+
+
+@jit
+def piece(lane: int, key: int, grid: Grid) -> int:
+    """Number of a piece (panel of queries, block of keys) of a tile; `lane` and `key` count from its start."""
+    return lane // PANEL * ((grid.key_tile - 1) // KEYS + 1) + key // KEYS

@@ -1,0 +1,77 @@
+"""Tile probabilities of chosen query rows on the CPU, measured or predicted; the torch side of `cpu_row_loops`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aat_hf.kernels import cpu_row_loops as loops
+from aat_hf.kernels.cpu import as_matrix, as_rule
+from aat_hf.kernels.cpu_threads import run
+from aat_hf.tiling.masks import IntervalMask
+from aat_hf.tiling.moments import Moments
+
+_EMPTY = np.empty((0, 0), np.float32)
+
+
+def measure_rows(
+    q: Tensor,
+    k: Tensor,
+    mask: IntervalMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None = None,
+    moments: Moments | None = None,
+    near: Tensor | None = None,
+    near_tiles: int = 0,
+    sink_tiles: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Probability of every key tile for the query `rows`, and their log-sum-exp.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim).
+        rows: (R,) int64.
+        moments: with them, tiles outside the local band and the sink are predicted by second-order moments.
+        near: (batch or 1, queries) int64, first tile of each row's local band of `near_tiles` tiles. A band is that
+            of a whole group of neighbouring rows, so that some more tiles may be exact.
+
+    Returns:
+        (batch, heads, R, key_tiles) and (batch, heads, R), both float32.
+    """
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    valid = np.empty((0, 0), np.int64)
+    if mask.key_valid is not None:
+        valid = torch.nn.functional.pad(mask.key_valid.long().cumsum(-1), (1, 0)).numpy()
+    see = loops.Rows(
+        rows.numpy(), _whole(mask.first), _whole(mask.last), valid, heads, k.shape[1], queries, keys, key_tile
+    )
+    summary = loops.Summary(_EMPTY, _EMPTY, _EMPTY[0:0].reshape(-1), _EMPTY[0:0].reshape(-1), 0,
+                            np.empty((0, 0), np.int64), 0, 0, np.float32(softcap or 0))  # fmt: skip
+    if moments is not None:
+        assert near is not None
+        size = moments.count.flatten().float()
+        summary = loops.Summary(
+            moments.mean.reshape(-1, q.shape[3]).numpy(),
+            moments.variance.reshape(-1, q.shape[3]).numpy(),
+            (2 * size.clamp(min=1).log()).sqrt().numpy(),
+            size.log2().clamp(min=-1e30).numpy(),
+            moments.count.shape[1],
+            _whole(near),
+            near_tiles,
+            sink_tiles,
+            np.float32(softcap or 0),
+        )
+    probability = torch.zeros(batch, heads, len(rows), -(-keys // key_tile))
+    lse = torch.empty(batch, heads, len(rows))
+    flat = probability.view(-1, probability.shape[3]).numpy(), lse.view(-1).numpy()
+    work = probability.numel() * q.shape[3] * (key_tile if moments is None else 2 * moments.count.shape[1])
+    run(loops.measure, work, as_matrix(q), as_matrix(k), see, summary, as_rule(scale, softcap, -float("inf")), *flat)
+    return probability, lse
+
+
+def _whole(x: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return x.contiguous().numpy()

@@ -1,0 +1,65 @@
+"""Running compiled loops on torch's number of threads, without the GIL and without oversubscription."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+_INLINE_WORK = 1 << 24  # multiply-adds below which waking a thread costs more than it brings
+_log = logging.getLogger("aat_hf")
+
+
+def run(loop: Any, work: int, *arguments: Any) -> None:
+    """Run a loop of `cpu_forward` on torch's number of threads, the caller's among them; `work` in multiply-adds."""
+    if not loop.signatures:
+        _compile(loop, arguments)
+    counter = np.zeros(1, np.int64)
+    count = torch.get_num_threads() if work >= _INLINE_WORK else 1
+    futures = [_threads.submit(count, loop, counter, *arguments) for _ in range(count - 1)]
+    try:
+        loop(counter, *arguments)
+    finally:
+        for future in futures:
+            if not future.cancel():  # a thread that never woke up is not waited for: the queue is empty
+                future.result()
+
+
+def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
+    """Compile, or load from numba's cache, by a call that finds the queue empty; say so when it takes a while."""
+    text = "compiling the CPU kernels (%s), 10 to 20 s, once: the result is cached in %s"
+    timer = threading.Timer(1.5, _log.warning, (text, loop.py_func.__name__, loop.stats.cache_path))
+    timer.daemon = True
+    timer.start()
+    try:
+        loop(np.full(1, 1 << 62), *arguments)
+    finally:
+        timer.cancel()
+
+
+class _Threads:
+    """A process-wide pool that grows to the largest number of threads asked for; a forked child starts anew."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.lock, self.size, self.pool = threading.Lock(), 0, ThreadPoolExecutor(1)
+
+    def submit(self, count: int, function: Any, *arguments: Any) -> Future[None]:
+        """Have `function` called by one of at least `count` threads."""
+        with self.lock:
+            if count > self.size:
+                self.pool.shutdown(wait=False)  # what it runs is finished first
+                self.size, self.pool = count, ThreadPoolExecutor(count, thread_name_prefix="aat_hf")
+            return self.pool.submit(function, *arguments)
+
+
+_threads = _Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.reset)

@@ -1,0 +1,138 @@
+"""Tiled or exact: decided by what the kernels cost on this machine.
+
+The costs come from `aat calibrate`, which writes them as JSON into the cache directory, or from cautious defaults.
+They decide only for `backend="auto"`; a backend that is named is used. `AAT_PROFILE=none` ignores the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from aat_hf.config import AATConfig
+from aat_hf.data.pretrained import cache_dir
+
+VERSION = 1
+FASTER = "exact attention is faster"
+_RETRY = 15  # calls of a layer after which selection is tried again
+_in_vain: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+_log = logging.getLogger("aat_hf")
+
+
+class Costs(NamedTuple):
+    """What tiled attention costs in units of exact attention (SDPA) of the same call.
+
+    Attributes:
+        forward, backward: time of the tiled kernel divided by density and by SDPA's time.
+        shortest: fewest keys for which selection takes less than a fifth of SDPA's time.
+    """
+
+    forward: float
+    backward: float
+    shortest: int
+
+
+DEFAULTS = {"cpu": Costs(1.0, 1.1, 2048)}
+_GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
+
+
+def costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+    """Costs of a call: measured for its dtype and the nearest head dimension, else the defaults."""
+    known = [entry for entry in _measured() if entry["device"] == device.type and entry["dtype"] == _name(dtype)]
+    if not known or (device.type == "cpu" and dtype == torch.float64):
+        return DEFAULTS[device.type] if device.type in DEFAULTS and dtype != torch.float64 else _GATHER
+    nearest = min(known, key=lambda entry: abs(entry["head_dim"] - head_dim))
+    return Costs(nearest["forward"], nearest["backward"], nearest["shortest"])
+
+
+def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Fewest keys of a call that is tiled."""
+    return costs(device, dtype, head_dim).shortest if config.min_length is None else config.min_length
+
+
+def too_dense(density: float, q: Tensor) -> str | None:
+    """Why exact attention is the faster way to compute a map of this density, or None; q (..., head_dim).
+
+    The answer is the same with and without gradients: a recomputed forward pass must not change its path.
+    """
+    found = costs(q.device, q.dtype, q.shape[-1])
+    cost = max(found.forward, found.backward)
+    return None if density * cost < 1 else f"{FASTER} at density {density:.2f} (break-even {1 / cost:.2f})"
+
+
+def lost_lately(module: nn.Module, keys: int) -> bool:
+    """Whether selection was in vain for the last call of `module` with so many keys; now and then it is tried again.
+
+    Never while training: a recomputed forward pass must not change its path.
+    """
+    if module.training:
+        return False
+    left = _in_vain.get(module, {})
+    if not left.get(keys):
+        return False
+    left[keys] -= 1
+    return True
+
+
+def remember(module: nn.Module, keys: int, reason: str | None) -> None:
+    """Note how a call of `module` ended."""
+    if reason is not None and reason.startswith(FASTER):
+        _in_vain.setdefault(module, {})[keys] = _RETRY
+
+
+def profile_path() -> Path:
+    """The file `aat calibrate` writes."""
+    return cache_dir() / f"profile-{VERSION}.json"
+
+
+def save(entries: list[dict[str, Any]]) -> Path:
+    """Write the measured costs and forget those in memory."""
+    path = profile_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"version": VERSION, "machine": machine(), "costs": entries}, indent=1) + "\n", "utf-8")
+    part.replace(path)
+    _measured.cache_clear()
+    return path
+
+
+def machine() -> dict[str, str | int]:
+    """What a profile belongs to."""
+    return {
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+@lru_cache(maxsize=1)
+def _measured() -> list[dict[str, Any]]:
+    """The entries of this machine's profile; none when there is no usable one."""
+    if os.environ.get("AAT_PROFILE", "").lower() == "none":
+        return []
+    path = profile_path()
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["version"] != VERSION or stored["machine"]["processor"] != machine()["processor"]:
+            return []
+        for entry in stored["costs"]:
+            Costs(float(entry["forward"]), float(entry["backward"]), int(entry["shortest"]))
+        return list(stored["costs"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s cannot be used (%s): run `aat calibrate`, or remove it", path, error)
+        return []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aat_hf.kernels import cpu
+from aat_hf.kernels.cpu import cpu_attention, cpu_skip_attention, lower_tiles, tiled_forward
+from aat_hf.kernels.reference import reference_attention
+from aat_hf.tiling.masks import FunctionMask, IntervalMask, TensorMask, causal_mask, full_mask
+from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+
+CPU = torch.device("cpu")
+MASKS = ["full", "causal", "window", "left padding", "packed", "per head", "tensor"]
+PACKAGE = Path(cpu.__file__).parents[2]
+
+
+def inputs(batch, heads, kv_heads, queries, keys, dim, value_dim=None, dtype=torch.float32):
+    shapes = ((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim or dim))
+    return tuple(torch.randn(batch, *shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+def random_map(mask, batch, heads, query_tile, key_tile, density=1.0):
+    """A random part of the tiles exact, some coarse (to be ignored), the others culled; the first column is kept."""
+    states = mask.tile_states(query_tile, key_tile)
+    shape = (batch, heads, *states.shape[2:])
+    levels = torch.where(torch.rand(shape) < density, EXACT, torch.where(torch.rand(shape) < 0.3, COARSE, 0))
+    levels[..., 0] = EXACT
+    return TileMap.from_dense(levels.to(torch.uint8), states, query_tile, key_tile)
+
+
+def oracle(q, k, v, tile_map, mask, scale, softcap=None):
+    kept = tile_map.exact.repeat_interleave(tile_map.query_tile, 2).repeat_interleave(tile_map.key_tile, 3)
+    allowed = kept[:, :, : q.shape[2], : k.shape[2]] & mask.rows(torch.arange(q.shape[2]))
+    return reference_attention(q, k, v, allowed, scale, softcap)[:2]
+
+
+def distance(a, b):
+    return float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach())
+
+
+def check(tensors, tile_map, mask, scale=None, softcap=None, forward=1e-6, backward=1e-5):
+    """Output, log-sum-exp and gradients through both against float64."""
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    output, lse = cpu_attention(*tensors, tile_map, mask, scale, softcap)
+    expected, expected_lse = oracle(*doubles, tile_map, mask, scale, softcap)
+    finite = expected_lse.isfinite()
+    assert output.dtype == tensors[2].dtype and lse.dtype == torch.float32
+    assert torch.equal(finite, lse.isfinite())
+    assert (output[~finite] == 0).all() and torch.isneginf(lse[~finite]).all()
+    assert distance(output, expected) < forward
+    assert torch.allclose(lse[finite].double(), expected_lse[finite], rtol=1e-6, atol=max(2e-5, forward))
+    weight, row_weight = torch.randn(output.shape), torch.randn(lse.shape)
+    grads = []
+    for out, log, leaves in ((output, lse, tensors), (expected, expected_lse, doubles)):
+        loss = (out * weight.to(out.dtype)).sum() + (log * row_weight.to(log.dtype))[finite].sum()
+        grads.append(torch.autograd.grad(loss, leaves))
+    for mine, theirs in zip(*grads, strict=True):
+        assert distance(mine, theirs) < backward
+    return output, lse
+
+
+def masks(batch, heads, queries, keys):
+    ramp = torch.arange(queries)[None] + keys - queries
+    valid = torch.ones(batch, keys, dtype=torch.bool)
+    valid[-1, : keys // 3] = False
+    part = torch.arange(queries) // 77 * 77
+    table = torch.rand(batch, heads, queries, keys) < 0.3
+    table[:, :, 5:6] = False
+    return {
+        "full": full_mask(queries, keys, CPU),
+        "causal": causal_mask(queries, keys, CPU),
+        "window": IntervalMask((ramp - 50).clamp(min=0), ramp + 1, keys),
+        "left padding": causal_mask(queries, keys, CPU, key_valid=valid),
+        "packed": IntervalMask(part[None], part[None] + 77, keys),
+        "per head": FunctionMask(lambda b, h, i, j: table[b, h, i, j], batch, queries, keys, CPU, heads),
+        "tensor": TensorMask(table[:1, :1]),
+    }
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_masks(name, density):
+    mask = masks(2, 4, 300, 300)[name]
+    check(inputs(2, 4, 2, 300, 300, 32), random_map(mask, 2, 4, 64, 32, density), mask)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 32, 40, 64, 80, 128, 256])
+def test_head_dims(dim):
+    mask = causal_mask(150, 150, CPU)
+    check(inputs(1, 2, 1, 150, 150, dim), random_map(mask, 1, 2, 64, 64, 0.7), mask)
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (20, 100), (64, 128), (300, 17), (1024, 1024)])
+@pytest.mark.parametrize(("queries", "keys"), [(257, 257), (123, 519), (200, 90), (1, 40)])
+def test_ragged_lengths_and_tiles(tiles, queries, keys):
+    mask = causal_mask(queries, keys, CPU)
+    check(inputs(1, 3, 1, queries, keys, 24, 40), random_map(mask, 1, 3, *tiles, 0.6), mask)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.25, 0.1])
+def test_densities_with_grouped_heads(density):
+    mask = causal_mask(1024, 1024, CPU)
+    check(inputs(1, 6, 2, 1024, 1024, 64), random_map(mask, 1, 6, 64, 64, density), mask)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("name", ["full", "causal", "per head"])
+def test_softcap(softcap, name):
+    mask = masks(1, 2, 200, 200)[name]
+    tensors = inputs(1, 2, 2, 200, 200, 32)
+    check(tensors, random_map(mask, 1, 2, 64, 64), mask, scale=0.7, softcap=softcap)
+
+
+@pytest.mark.parametrize(("dtype", "forward", "backward"), [(torch.bfloat16, 4e-3, 8e-3), (torch.float16, 5e-4, 1e-3)])
+@pytest.mark.parametrize("dim", [33, 64])
+def test_half_precision_is_rounded_once(dtype, forward, backward, dim):
+    """Computed in float32: what the output loses is its own rounding."""
+    mask = causal_mask(300, 300, CPU)
+    tile_map, tensors = random_map(mask, 1, 4, 64, 64, 0.6), inputs(1, 4, 2, 300, 300, dim, dtype=dtype)
+    output, _ = check(tensors, tile_map, mask, forward=forward, backward=backward)
+    wide, _ = cpu_attention(*(x.float() for x in tensors), tile_map, mask, dim**-0.5)
+    assert torch.equal(output, wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_number_is_read_and_written(dtype):
+    """One key: the output is v, for all numbers of the format, denormals, infinities and NaN among them."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()].view(-1, 1)
+    rows = numbers[: len(numbers) // 16 * 16].view(1, 1, -1, 16)
+    length = rows.shape[2]
+    own = torch.arange(length)[None]
+    mask = IntervalMask(own, own + 1, length)
+    zeros = torch.zeros(1, 1, length, 1, dtype=dtype)
+    output, _ = cpu_attention(zeros, zeros, rows, TileMap.dense(mask, 1, 1, 64, 64), mask, 1.0)
+    assert torch.equal(output, rows)
+
+
+def test_extreme_scores():
+    mask = causal_mask(200, 200, CPU)
+    tile_map = random_map(mask, 1, 2, 64, 64)
+    q, k, v = inputs(1, 2, 2, 200, 200, 16)
+    for factor in (1e4, -1e4, 1e2):
+        check((q, k, v), tile_map, mask, scale=factor / 16, forward=2e-2, backward=5e-1)
+    low = tuple((x + shift).detach().requires_grad_() for x, shift in ((q, 100.0), (k, -100.0), (v, 0.0)))
+    check(low, tile_map, mask, scale=0.1, forward=1e-2, backward=5e-2)
+
+
+def test_nothing_kept():
+    mask = causal_mask(100, 100, CPU)
+    tile_map = TileMap.from_dense(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), mask.tile_states(32, 32), 32, 32)
+    q, k, v = inputs(1, 2, 2, 100, 100, 8)
+    output, lse = cpu_attention(q, k, v, tile_map, mask, 1.0)
+    assert (output == 0).all() and torch.isneginf(lse).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(output.sum(), (q, k, v)))
+
+
+def test_strided_inputs():
+    tensors = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+                    for x in inputs(2, 4, 2, 130, 130, 16))  # fmt: skip
+    mask = causal_mask(130, 130, CPU)
+    check(tensors, random_map(mask, 2, 4, 32, 32, 0.5), mask)
+
+
+def test_mask_tiles_are_shared_and_linear():
+    mask = causal_mask(4096, 4096, CPU)
+    tiles = lower_tiles(TileMap.dense(mask, 2, 8, 64, 64), mask)
+    assert tiles.masks.shape[0] == 64  # one per diagonal tile, not per head or batch row
+
+
+def run(q, k, v, tile_map, mask):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    output, lse = cpu_attention(*leaves, tile_map, mask, 0.2)
+    return output.detach(), lse.detach(), *torch.autograd.grad(output.square().sum() + lse.sin().sum(), leaves)
+
+
+def test_results_are_bit_equal_for_every_thread_count():
+    mask = causal_mask(700, 700, CPU)
+    case = (*inputs(1, 4, 2, 700, 700, 40), random_map(mask, 1, 4, 64, 64, 0.5), mask)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(*case))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_four_threads_at_once():
+    mask = causal_mask(500, 500, CPU)
+    cases = [(*inputs(1, 2, 2, 500, 500, 32), random_map(mask, 1, 2, 64, 64, 0.7), mask) for _ in range(4)]
+    expected, found = [run(*case) for case in cases], [None] * 4
+
+    def work(i):
+        for _ in range(5):
+            found[i] = run(*cases[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def operator_arguments(softcap=None):
+    mask = causal_mask(70, 70, CPU)
+    tile_map = random_map(mask, 1, 2, 32, 32, 0.8)
+    return (*inputs(1, 2, 1, 70, 70, 8), *lower_tiles(tile_map, mask), 32, 32, 0.3, softcap, float("-inf"))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_opcheck(softcap):
+    arguments = operator_arguments(softcap)
+    torch.library.opcheck(tiled_forward, arguments)
+    detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
+    output, lse, _, skipped = tiled_forward(*detached)
+    gradients = (torch.randn_like(output), torch.randn_like(lse))
+    torch.library.opcheck(cpu.tiled_backward, (*gradients, *detached[:3], output, lse, skipped, *detached[3:]))
+
+
+def test_compiles_without_a_graph_break():
+    arguments = operator_arguments()
+
+    def loss(q, k, v, *others):
+        output, lse, _, _ = tiled_forward(q * 1.5, k, v, *others)
+        return output.square().sum() + lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(*arguments), arguments[:3]) for f in (loss, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_skip_bound_holds():
+    torch.manual_seed(3)
+    mask = causal_mask(600, 600, CPU)
+    tile_map = random_map(mask, 1, 2, 64, 64)
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, 600, 600, 16))
+    q *= 2
+    k *= torch.tensor([1.0, 0.02]).repeat_interleave(64).repeat(5)[:600, None]  # every other tile's scores are near 0
+    plain, plain_lse = cpu_attention(q, k, v, tile_map, mask, 0.5)
+    off = cpu_skip_attention(q, k, v, tile_map, mask, 0.5)
+    assert torch.equal(off[0], plain) and torch.equal(off[1], plain_lse) and (off[2] == 0).all()
+    never = cpu_skip_attention(q, k, v, tile_map, mask, 0.5, None, -1e30)
+    assert torch.equal(never[0], plain) and torch.equal(never[1], plain_lse) and (never[2] == 0).all()
+    everything = mask.rows(torch.arange(600))[0, 0]
+    tiles = lower_tiles(tile_map, mask)
+    for threshold in (-4.0, -1.0):
+        _, lse, lost = cpu_skip_attention(q, k, v, tile_map, mask, 0.5, None, threshold)
+        skipped = tiled_forward(q, k, v, *tiles, 64, 64, 0.5, None, threshold)[3]
+        rows = torch.repeat_interleave(torch.arange(20), tiles.starts.diff())
+        kept = torch.ones(20, 64 // cpu.PANEL, 10, dtype=torch.bool)
+        kept[rows, :, tiles.columns] = skipped == 0
+        kept = kept.view(2, -1, 10).repeat_interleave(cpu.PANEL, 1).repeat_interleave(64, 2)[:, :600, :600]
+        scores = 0.5 * q.double()[0] @ k.double()[0].mT
+        full, part = (
+            scores.masked_fill(~seen, float("-inf")).logsumexp(-1) for seen in (everything, kept & everything)
+        )
+        assert torch.allclose(lse[0].double(), part, atol=1e-4)
+        truth = -torch.expm1(part - full)
+        assert (truth <= lost[0] * (1 + 1e-4)).all() and (truth > 0).sum() <= (lost > 0).sum()
+        assert (lost <= 1).all() and skipped.any()
+
+
+def test_gradients_of_skipped_attention_are_those_of_what_was_computed():
+    """Tiles as large as a piece, so that the tiles left out can be read off and the map without them compared."""
+    mask = full_mask(128, 256, CPU)
+    tile_map = TileMap.dense(mask, 1, 1, 16, 64)
+    leaves = inputs(1, 1, 1, 128, 256, 16)
+    with torch.no_grad():
+        leaves[1][:, :, 64:128] *= 0.01  # scores near 0 only: far below the other tiles' maxima
+    arguments = (*leaves, *lower_tiles(tile_map, mask), 16, 64, 2.0, None, -3.0)
+    output, lse, _, skipped = tiled_forward(*arguments)
+    if cpu.PANEL > 16:
+        pytest.skip("a panel holds more than one tile of 16 queries")
+    kept = ~skipped.bool().view(8, 4, -1).any(-1)
+    if cpu.PANEL < 16:  # a tile has several panels: compare only if they agree
+        kept = ~skipped.bool().view(8, 4, -1).all(-1)
+        if not torch.equal(skipped.bool().view(8, 4, -1).any(-1), ~kept):
+            pytest.skip("panels of one tile differ")
+    assert not kept.all()
+    fewer = TileMap.from_dense((kept[None, None] * EXACT).to(torch.uint8), mask.tile_states(16, 64), 16, 64)
+    same, same_lse = cpu_attention(*leaves, fewer, mask, 2.0)
+    assert torch.equal(output, same) and torch.equal(lse, same_lse)
+    grads = [torch.autograd.grad(o.square().sum() + log.sum(), leaves) for o, log in ((output, lse), (same, same_lse))]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_float64_is_refused_with_a_remedy():
+    mask = full_mask(40, 40, CPU)
+    with pytest.raises(TypeError, match='backend="gather"'):
+        cpu_attention(*(x.double() for x in inputs(1, 1, 1, 40, 40, 8)), TileMap.dense(mask, 1, 1, 32, 32), mask, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    mask = causal_mask(600, 600, CPU)
+    case = (*(x.detach() for x in inputs(1, 4, 4, 600, 600, 32)), TileMap.dense(mask, 1, 4, 64, 64), mask, 0.2)
+    expected, _ = cpu_attention(*case)  # the parent's threads exist now
+    lowered = lower_tiles(*case[3:5])
+    child = os.fork()
+    if child == 0:  # nothing but the kernel: torch's own threads do not survive a fork
+        signal.alarm(20)
+        output = tiled_forward(*case[:3], *lowered, 64, 64, 0.2, None, float("-inf"))[0]
+        os._exit(0 if (output.numpy() == expected.numpy()).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+SCRIPT = """
+    import logging, sys, time
+    logging.basicConfig(level=logging.WARNING, format="LOG %(message)s", stream=sys.stdout)
+    import torch
+    from aat_hf.kernels import cpu_forward, simd
+    from aat_hf.kernels.cpu import cpu_attention
+    from aat_hf.kernels.reference import reference_attention
+    from aat_hf.tiling.masks import causal_mask
+    from aat_hf.tiling.tile_map import TileMap
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, 20, requires_grad=True) for _ in range(3))
+    mask = causal_mask(150, 150, q.device)
+    start = time.process_time()
+    output, _ = cpu_attention(q, k, v, TileMap.dense(mask, 1, 2, 32, 32), mask, 0.3)
+    {backward}
+    allowed = mask.rows(torch.arange(150))
+    expected = reference_attention(q.double(), k.double(), v.double(), allowed, 0.3)[0]
+    assert (output - expected).norm() / expected.norm() < 1e-6
+    print("lanes", simd.LANES, "hits", sum(cpu_forward.forward.stats.cache_hits.values()),
+          "seconds", time.process_time() - start)
+"""
+
+
+def process(backward="", **environment):
+    script = textwrap.dedent(SCRIPT).replace("{backward}", backward)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+SSE = {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "+sse4.2"} if X86 else {}
+AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi2"} if X86 else {}
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What three new processes print: compiling for narrow vectors, the same again, without a place for the cache."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), **SSE}
+    # Of all places numba may know this one only exists inside IPython: as where nothing can be written.
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator", "NUMBA_CACHE_DIR": "", **AVX2}
+    with ThreadPoolExecutor(2) as pool:  # compiling takes a while: at the same time
+        cold = pool.submit(process, "torch.autograd.grad(output.sum(), (q, k, v))", **cache)
+        uncached = pool.submit(process, **nowhere)
+        return cold.result(), process(**cache), uncached.result()
+
+
+def test_second_process_loads_the_cache_of_its_own_vector_width(processes):
+    first, second, _ = processes
+    assert "LOG compiling the CPU kernels" in first and "hits 0" in first
+    assert "hits 1" in second and "LOG" not in second
+    assert not X86 or "lanes 4 " in second
+
+
+def test_without_a_place_for_the_cache_it_compiles_and_says_so(processes):
+    assert "LOG every process will compile the CPU kernels anew, set NUMBA_CACHE_DIR" in processes[2]
+    assert "hits 0" in processes[2]
+    assert not X86 or "lanes 8 " in processes[2]
+
+
+@st.composite
+def cases(draw):
+    heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    lengths = draw(st.integers(1, 2)), heads * group, heads, draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    dims = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    tiles = draw(st.integers(16, 140)), draw(st.integers(16, 140))
+    softcap = draw(st.sampled_from([None, None, 3.0]))
+    return (
+        lengths,
+        dims,
+        tiles,
+        draw(st.sampled_from(MASKS)),
+        draw(st.floats(0.1, 1)),
+        softcap,
+        draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_random_cases(case):
+    (batch, heads, kv_heads, queries, keys), dims, tiles, name, density, softcap, seed = case
+    torch.manual_seed(seed)
+    mask = masks(batch, heads, queries, keys)[name]
+    tensors = inputs(batch, heads, kv_heads, queries, keys, *dims)
+    check(tensors, random_map(mask, batch, heads, *tiles, density), mask, softcap=softcap, forward=2e-6)
