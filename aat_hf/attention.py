@@ -13,7 +13,7 @@ from aat_hf.kernels.coarse import coarse_attention, merge_attention
 from aat_hf.kernels.dense import Extras, dense_attention
 from aat_hf.kernels.gather import gather_attention
 from aat_hf.kernels.reference import reference_attention
-from aat_hf.kernels.skip import skip_map
+from aat_hf.kernels.skip import skip_attention
 from aat_hf.report.stages import Stages
 from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
@@ -98,19 +98,24 @@ def tiled_attention(
     extras = Extras(softcap, sinks, bias, dropout)
     stages = Stages(q.device)
     reason = why_dense(q, k, v, config, extras, need_weights)
-    if reason is None:
+    tile_map = estimated = None
+    if reason is None and config.mode == "tiled":
         with stages("select"):
             tile_map, estimated = plan(q, k, mask, config, scale, extras)
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
         elif config.backend == "auto":
             reason = router.too_dense(float(tile_map.density.mean()), q)
-    if reason is not None or tile_map is None:
+    if reason is not None:
         with stages("dense"):
             output, lse, weights = dense_attention(q, k, v, mask, scale, extras, need_lse, need_weights)
         return TiledAttentionResult(output, lse, None, None, "dense", reason, weights, stages=stages.milliseconds())
     with stages("compute"):
-        output, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
+        if tile_map is None:  # mode "skip": decided while computing
+            output, lse_kept, tile_map, bound = skip_attention(q, k, v, mask, config, scale, softcap)
+            estimated = bound.mean(-1)
+        else:
+            output, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
         output, lse = _with_coarse_and_sinks(output, lse_kept, q, k, v, tile_map, config, scale, extras)
     measured = None
     if audit and config.audit_rows:
@@ -155,9 +160,6 @@ def plan(
     q: Tensor, k: Tensor, mask: AttentionMask, config: AATConfig, scale: float, extras: Extras
 ) -> tuple[TileMap | None, Tensor]:
     """The tile map and the infidelity (batch, heads) expected of it; no map when nothing could be dropped."""
-    if config.mode == "skip":
-        kept = skip_map(q, k, mask, config.tolerance / 2, config.query_tile, config.key_tile, scale, extras.softcap)
-        return kept.tile_map, kept.bound.mean(-1)
     states = mask.tile_states(config.query_tile, config.key_tile)
     forced = forced_tiles(mask, states, config)
     if bool((forced == (states != 0)).all()):

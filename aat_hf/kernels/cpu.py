@@ -35,6 +35,21 @@ class LoweredTiles(NamedTuple):
     masks: Tensor
 
 
+class SkippedTiles(NamedTuple):
+    """What `cpu_skip_attention` computed.
+
+    Attributes:
+        output: (batch, heads, queries, value_dim); lse: (batch, heads, queries) of what was computed.
+        lost: (batch, heads, queries) float32, an upper bound of the probability left out.
+        skipped: (exact tiles, pieces) bool, the pieces (panel, block of keys) left out; no tiles when the rule is off.
+    """
+
+    output: Tensor
+    lse: Tensor
+    lost: Tensor
+    skipped: Tensor
+
+
 def cpu_attention(
     q: Tensor,
     k: Tensor,
@@ -55,8 +70,8 @@ def cpu_attention(
         output (batch, heads, queries, value_dim) in v's dtype and log-sum-exp (batch, heads, queries) in float32; a
         row without kept keys has output 0 and log-sum-exp -inf.
     """
-    output, lse, _ = cpu_skip_attention(q, k, v, tile_map, mask, scale, softcap, -math.inf)
-    return output, lse
+    found = cpu_skip_attention(q, k, v, tile_map, mask, scale, softcap, -math.inf)
+    return found.output, found.lse
 
 
 def cpu_skip_attention(
@@ -68,15 +83,13 @@ def cpu_skip_attention(
     scale: float,
     softcap: float | None = None,
     skip_below: float = -math.inf,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> SkippedTiles:
     """`cpu_attention` that leaves out what lies far below the running maximum.
 
     Tiles are visited in the order first, last, then backwards. A panel of queries leaves out a block of keys when for
     each of its rows the highest score there is below the running maximum by more than -skip_below.
 
-    Returns:
-        output, log-sum-exp of what was computed, and (batch, heads, queries) float32: an upper bound of the
-        probability that was left out. Gradients are those of what was computed; the bound has none.
+    Gradients are those of what was computed; the bound has none.
     """
     if q.dtype not in KINDS or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
@@ -84,10 +97,10 @@ def cpu_skip_attention(
             f'{v.dtype}: convert them, or use backend="gather", which takes float64'
         )
     tiles = lower_tiles(tile_map, mask)
-    output, lse, lost, _ = tiled_forward(
+    output, lse, lost, skipped = tiled_forward(
         q, k, v, *tiles, tile_map.query_tile, tile_map.key_tile, scale, softcap, skip_below
     )
-    return output, lse, lost.detach()
+    return SkippedTiles(output, lse, lost.detach(), skipped.bool())
 
 
 def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:

@@ -8,23 +8,63 @@ sum over skipped tiles of n exp(tile maximum - log-sum-exp kept): a certificate,
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aat_hf.config import AATConfig
+from aat_hf.kernels.gather import gather_attention
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.measure import scores_by_tile
-from aat_hf.tiling.tile_map import EXACT, TileMap
+from aat_hf.tiling.tile_map import CULLED, EXACT, TileMap
 
 _CHUNK_ELEMENTS = 1 << 24
 
 
 class SkipResult(NamedTuple):
-    """tile_map: tiles not skipped; bound: (batch, heads, queries) certified upper bound of the lost probability."""
+    """Attention of the tiles that were not skipped.
 
+    Attributes:
+        output: (batch, heads, queries, value_dim); lse: (batch, heads, queries) of what was computed.
+        tile_map: the tiles not skipped.
+        bound: (batch, heads, queries) certified upper bound of the lost probability.
+    """
+
+    output: Tensor
+    lse: Tensor
     tile_map: TileMap
     bound: Tensor
+
+
+def skip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    config: AATConfig,
+    scale: float,
+    softcap: float | None = None,
+) -> SkipResult:
+    """Attention with the skip rule at epsilon = tolerance / 2; q, k, v as in `gather_attention`.
+
+    On the CPU the kernel decides while it computes, for a panel of queries and a block of keys at a time: finer than
+    `tile_map` shows.
+    """
+    epsilon = config.tolerance / 2
+    if config.backend in ("auto", "cpu") and q.device.type == "cpu" and q.dtype != torch.float64:
+        from aat_hf.kernels.cpu import cpu_skip_attention  # numba, loaded when needed
+
+        whole = TileMap.dense(mask, q.shape[0], q.shape[1], config.query_tile, config.key_tile)
+        found = cpu_skip_attention(q, k, v, whole, mask, scale, softcap, math.log(max(epsilon, sys.float_info.min)))
+        levels = whole.to_dense()
+        gone = found.skipped.all(1)
+        levels.view(-1, whole.shape[3])[whole.rows[gone], whole.columns[gone]] = CULLED
+        kept = TileMap.from_dense(levels, whole.states, whole.query_tile, whole.key_tile)
+        return SkipResult(found.output, found.lse, kept, found.lost)
+    kept, bound = skip_map(q, k, mask, epsilon, config.query_tile, config.key_tile, scale, softcap)
+    return SkipResult(*gather_attention(q, k, v, kept, mask, scale, softcap), kept, bound)
 
 
 @torch.no_grad()
@@ -37,8 +77,8 @@ def skip_map(
     key_tile: int,
     scale: float,
     softcap: float | None = None,
-) -> SkipResult:
-    """Which tiles the skip rule keeps at `epsilon`, and the certificate; q, k as in `gather_attention`."""
+) -> tuple[TileMap, Tensor]:
+    """Which tiles the skip rule keeps at `epsilon`, and the certificate (batch, heads, queries)."""
     states = mask.tile_states(query_tile, key_tile)
     step = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2] * query_tile)) * query_tile
     key_tiles = states.shape[3]
@@ -55,7 +95,7 @@ def skip_map(
         kept.append(keep)
         bound.append((lost / (1 + lost)).nan_to_num(nan=1.0))
     levels = torch.cat(kept, 2).to(torch.uint8) * EXACT
-    return SkipResult(TileMap.from_dense(levels, states, query_tile, key_tile), torch.cat(bound, 2))
+    return TileMap.from_dense(levels, states, query_tile, key_tile), torch.cat(bound, 2)
 
 
 def _visit(top: Tensor, query_tile: int, epsilon: float) -> Tensor:

@@ -262,7 +262,7 @@ def test_skip_bound_holds():
     everything = mask.rows(torch.arange(600))[0, 0]
     tiles = lower_tiles(tile_map, mask)
     for threshold in (-4.0, -1.0):
-        _, lse, lost = cpu_skip_attention(q, k, v, tile_map, mask, 0.5, None, threshold)
+        _, lse, lost, _ = cpu_skip_attention(q, k, v, tile_map, mask, 0.5, None, threshold)
         skipped = tiled_forward(q, k, v, *tiles, 64, 64, 0.5, None, threshold)[3]
         rows = torch.repeat_interleave(torch.arange(20), tiles.starts.diff())
         kept = torch.ones(20, 64 // cpu.PANEL, 10, dtype=torch.bool)
