@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import peaked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inputs import peaked
 
 from aat_hf import AATConfig, register_selector, tiled_attention
 from aat_hf.kernels.reference import reference_attention

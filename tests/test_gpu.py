@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import peaked
+from inputs import peaked
 
 from aat_hf import tiled_attention
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import peaked
+from inputs import peaked
 
 import aat_hf
 from aat_hf import AATConfig, cli, tiled_attention

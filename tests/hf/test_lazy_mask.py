@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Largest
+from inputs import Largest
 from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers import masking_utils as library

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from conftest import Largest
+from inputs import Largest
 
 import aat_hf
 from aat_hf import UnsupportedAttentionError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import peaked
+from inputs import peaked
 
 from aat_hf.config import AATConfig
 from aat_hf.kernels.cpu_rows import measure_rows

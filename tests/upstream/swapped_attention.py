@@ -29,6 +29,7 @@ TILED: dict[str, Any] = dict(
     max_kept=1.0,
     dense_prefix=0,
     min_length=0,
+    backend="cpu",  # a backend that is named is used, whatever the density
     audit="never",  # counting the calls must not cost an audit each
 )
 
