@@ -167,7 +167,15 @@ def _accelerator_fix() -> str:
 def _backends() -> list[Finding]:
     group = "backends"
     found = [Finding(group, "torch", OK, "gather and scaled_dot_product_attention, any device")]
-    return found
+    if find_spec("numba") is None:
+        return [*found, Finding(group, "cpu", MISSING, "numba is missing", "pip install numba")]
+    from aat_hf.kernels import router, simd
+
+    found.append(Finding(group, "cpu", OK, f"compiled kernels, vectors of {simd.LANES} floats"))
+    path = router.profile_path()
+    if path.is_file():
+        return [*found, Finding(group, "router", OK, f"costs of this machine in {path}")]
+    return [*found, Finding(group, "router", OPTIONAL, "default costs, this machine was not measured", "aat calibrate")]
 
 
 def _vulkan() -> Finding:
