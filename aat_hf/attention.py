@@ -99,6 +99,8 @@ def tiled_attention(
     stages = Stages(q.device)
     reason = why_dense(q, k, v, config, extras, need_weights)
     tile_map = estimated = None
+    if reason is None:  # read several times: a strided view costs more than one copy
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if reason is None and config.mode == "tiled":
         with stages("select"):
             tile_map, estimated = plan(q, k, mask, config, scale, extras)

@@ -86,6 +86,18 @@ def test_logits_give_the_same_distance_with_finite_gradients():
     assert gradcheck(lambda s: fisher.distance_logits(s, t[:3, 2:]), (free,))
 
 
+def test_distances_agree_with_geomstats():
+    categorical = pytest.importorskip("geomstats.information_geometry.categorical", exc_type=ImportError)
+    normal = pytest.importorskip("geomstats.information_geometry.normal", exc_type=ImportError)
+    p, r = simplex(10, 5, sharp=2), simplex(10, 5, sharp=2)
+    theirs = categorical.CategoricalDistributions(dim=4).metric.dist(p.numpy(), r.numpy())
+    assert torch.allclose(fisher.distance(p, r), torch.as_tensor(theirs), rtol=1e-9)
+    a, b = (torch.stack([torch.randn(10), torch.rand(10) + 0.5], -1).double() for _ in range(2))
+    theirs = normal.UnivariateNormalDistributions().metric.dist(a.numpy(), b.numpy())
+    ours = fisher.gaussian_distance(a[:, :1], a[:, 1:], b[:, :1], b[:, 1:])
+    assert torch.allclose(ours, torch.as_tensor(theirs), rtol=1e-7)
+
+
 def test_gradients():
     p, r = (simplex(3, 4).requires_grad_(True) for _ in range(2))
     v = (torch.randn(3, 4).double() * 0.1).requires_grad_(True)
@@ -221,7 +233,9 @@ def test_gaussian_metric_is_the_expected_squared_score():
     mean, sigma = 0.3, 1.7
     x, weight = np.polynomial.hermite_e.hermegauss(20)
     score = torch.func.vmap(
-        torch.func.grad(lambda point, x: torch.distributions.Normal(point[0], point[1], validate_args=False).log_prob(x)),
+        torch.func.grad(
+            lambda point, x: torch.distributions.Normal(point[0], point[1], validate_args=False).log_prob(x)
+        ),
         in_dims=(None, 0),
     )(torch.tensor([mean, sigma]).double(), mean + sigma * torch.from_numpy(x))
     measured = torch.einsum("n,ni,nj->ij", torch.from_numpy(weight / weight.sum()), score, score)

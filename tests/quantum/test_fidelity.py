@@ -25,20 +25,15 @@ def exact_angle(a, b):
         return mpmath.acos(abs(overlap) / mpmath.sqrt(norms))
 
 
-def exact_root_fidelity(rho, sigma):
-    """tr sqrt(sqrt(rho) sigma sqrt(rho)) over the traces, with 60 digits."""
+def exact_root_fidelity(x, y):
+    """||x^H y||_1 / (||x||_F ||y||_F), the root fidelity of x x^H and y y^H, with 60 digits."""
 
-    def root(m):
-        values, vectors = mpmath.eighe(m)
-        return vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values]) * vectors.H
+    def norm(m):
+        return mpmath.sqrt(mpmath.fsum(abs(v) ** 2 for v in m))
 
     with mpmath.workdps(60):
-        r, s = (mpmath.matrix([[mpmath.mpc(complex(v)) for v in row] for row in m.tolist()]) for m in (rho, sigma))
-        r, s = (r + r.H) / 2, (s + s.H) / 2
-        trace = sum(r[i, i].real for i in range(r.rows)) * sum(s[i, i].real for i in range(s.rows))
-        inner = root(r) * s * root(r)
-        values, _ = mpmath.eighe((inner + inner.H) / 2)
-        return float(sum(mpmath.sqrt(max(v, 0)) for v in values) / mpmath.sqrt(trace))
+        x, y = (mpmath.matrix([[mpmath.mpc(complex(v)) for v in row] for row in m.tolist()]) for m in (x, y))
+        return float(mpmath.fsum(mpmath.svd_c(x.H * y, compute_uv=False)) / norm(x) / norm(y))
 
 
 @few
@@ -69,6 +64,28 @@ def test_pure_invariants(batch, n, dtype, seed, distance):
     assert all(measure(a, a).eq(0).all() for measure in PURE[1:])
     turned = fid.fidelity(a * 3, b * (torch.exp(torch.tensor(0.7j)) if dtype.is_complex else -0.5))
     torch.testing.assert_close(turned, f)
+
+
+@few
+@given(st.integers(2, 40), dtypes, seeds, st.integers(-18, 18), st.integers(-18, 18))
+def test_length_does_not_matter_however_different(n, dtype, seed, first, second):
+    a, b = state((n,), dtype, seed), state((n,), dtype, seed + 1)
+    far, near = (10.0**first * a, 10.0**second * b), (10.0**first * a, 10.0**second * a)
+    for measure in PURE:
+        torch.testing.assert_close(measure(*far), measure(a, b), rtol=0, atol=tolerance(dtype, 1e-6, 1e-14))
+    assert fid.fubini_study(*near) <= tolerance(dtype, 2e-7, 1e-15)
+
+
+def test_transforms_of_torch_func():
+    a, b = state((3, 5), torch.float64, 0), state((3, 5), torch.float64, 1)
+    slopes = torch.func.vmap(torch.func.grad(fid.infidelity))(a, b)
+    torch.testing.assert_close(slopes, torch.func.vmap(torch.func.jacfwd(fid.infidelity))(a, b))
+    rho, sigma = density((3, 4), 4, torch.float64, 0), density((3, 4), 2, torch.float64, 1)
+    for measure in MIXED:
+        torch.testing.assert_close(torch.func.vmap(measure)(rho, sigma), measure(rho, sigma))
+        slopes = torch.func.vmap(torch.func.grad(measure))(rho, sigma)
+        (expected,) = torch.autograd.grad(measure(rho.requires_grad_(), sigma).sum(), rho)
+        torch.testing.assert_close(slopes, expected)
 
 
 def test_orthogonal_zero_and_half_precision_states():
@@ -120,18 +137,21 @@ def test_kept_infidelity_of_edge_rows():
     inf = float("inf")
     value = fid.kept_infidelity(torch.tensor([0.0, -inf, -inf, 1 - 1e-6]), torch.tensor([0.0, 2.0, -inf, 1.0]))
     assert value.dtype == torch.float32
+    tiny = fid.kept_infidelity(torch.tensor(-1e-9), torch.tensor(0.0))
+    assert float(tiny) == pytest.approx(1e-9, rel=1e-6)
     assert value[:2].tolist() == [0.0, 1.0] and value[2].isnan() and 0 < value[3] < 2e-6
 
 
 @few
-@given(st.integers(2, 5), st.integers(1, 5), st.integers(1, 5), dtypes, seeds)
+@given(st.integers(2, 6), st.integers(1, 6), st.integers(1, 6), dtypes, seeds)
 def test_mixed_fidelity_against_sixty_digits(n, rank_a, rank_b, dtype, seed):
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    a, b = density((n,), min(n, rank_a), wide, seed), density((n,), min(n, rank_b), wide, seed + 1)
-    exact = exact_root_fidelity(a, b)
-    rel = tolerance(dtype, 1e-5, 1e-6)  # float64: the oracle sees eigenvalues of 1e-17 where the input rounds a 0
-    assert float(fid.root_fidelity(a.to(dtype), b.to(dtype))) == pytest.approx(exact, rel=rel, abs=1e-7)
-    assert float(fid.mixed_fidelity(a.to(dtype), b.to(dtype))) == pytest.approx(exact**2, rel=2 * rel, abs=1e-7)
+    x, y = gaussian((n, min(n, rank_a)), wide, seed), gaussian((n, min(n, rank_b)), wide, seed + 1)
+    exact = exact_root_fidelity(x, y)
+    rho, sigma = ((z @ z.mH).to(dtype) for z in (x, y))
+    rel = tolerance(dtype, 1e-5, 1e-11)
+    assert float(fid.root_fidelity(rho, sigma)) == pytest.approx(exact, rel=rel, abs=tolerance(dtype, 1e-6, 1e-14))
+    assert float(fid.mixed_fidelity(rho, sigma)) == pytest.approx(exact**2, rel=2 * rel, abs=1e-12)
 
 
 @few

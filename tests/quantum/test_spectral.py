@@ -36,7 +36,7 @@ def test_lyapunov_solves_its_equation_and_can_be_differentiated_twice():
     torch.testing.assert_close(rho @ x + x @ rho, right)
     shared = _spectral.lyapunov(rho[0], right)  # one matrix for a batch of right sides
     torch.testing.assert_close(shared[2], _spectral.lyapunov(rho[0], right[2]))
-    inputs = rho[0].clone().requires_grad_(), right.clone().requires_grad_()
+    inputs = rho[0, :3, :3].clone().requires_grad_(), right[:2, :3, :3].clone().requires_grad_()
     assert torch.autograd.gradcheck(_spectral.lyapunov, inputs)
     assert torch.autograd.gradgradcheck(_spectral.lyapunov, inputs)
 

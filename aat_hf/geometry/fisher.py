@@ -1,0 +1,216 @@
+"""Information geometry: the probability simplex, softmax and key tiles, Gaussian families.
+
+What a user of attention gets: how far apart two attention rows are (Fisher-Rao distance, 2 arccos of the root of the
+kept mass when tiles are dropped), the path between them, and the metric that tells how much a key tile changes with
+the query: the covariance of its keys, which tile selection sums up.
+
+Everything on the simplex goes through p -> 2 sqrt p, an isometry on the sphere of radius 2 (Amari & Nagaoka 2000,
+Methods of Information Geometry, ch. 2; Kass & Vos 1997, sec. 7.4). Distances and maps are computed in float64 and
+returned in the inputs' dtype. Distances are in radians of that sphere: from 0 to pi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aat_hf.geometry import smooth
+from aat_hf.geometry.blocks import in_blocks
+
+
+def _root(p: Tensor) -> Tensor:
+    """Unit vector sqrt(p / sum p), float64; gradient 0 where p is 0."""
+    wide = p.double()
+    return smooth.positive_sqrt(wide / wide.sum(-1, keepdim=True))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def _chord(a: Tensor, b: Tensor) -> Tensor:
+    """sin(theta / 2)^2 of the angle between unit vectors, from their difference: exact near 0; (..., 1), at most 1/2.
+
+    Between vectors without negative entries the angle is at most pi / 2; the clamp only takes off rounding.
+    """
+    return (_dot(a - b, a - b) / 4).clamp(max=0.5)
+
+
+def _distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    less, more = a - b, a + b
+    angle = torch.atan2(smooth.positive_sqrt(_dot(less, less)), _dot(more, more).sqrt())
+    return (4 * angle).to(dtype)
+
+
+def distance(p: Tensor, r: Tensor) -> Tensor:
+    """Fisher-Rao distance 2 arccos sum sqrt(p r) of rows of probabilities (..., n): (...), 0 exactly for p = r.
+
+    Computed as 4 atan2(|sqrt p - sqrt r|, |sqrt p + sqrt r|). Rows are normalised first. Zeros are allowed; there, as
+    at p = r, the gradient is set to 0 (the true one is infinite, resp. undefined).
+    """
+    dtype = torch.promote_types(p.dtype, r.dtype)
+    return in_blocks(lambda p, r: _distance(_root(p), _root(r), dtype), p, r).squeeze(-1)
+
+
+def distance_logits(s: Tensor, t: Tensor) -> Tensor:
+    """`distance` of softmax(s) and softmax(t) (..., n): (...); -inf is allowed, and every gradient is finite.
+
+    A row of nothing but -inf gives NaN.
+    """
+    dtype = torch.promote_types(s.dtype, t.dtype)
+
+    def of_logits(s: Tensor, t: Tensor) -> Tensor:
+        a, b = (torch.log_softmax(x.double(), -1).div(2).exp() for x in (s, t))
+        return _distance(a, b, dtype)
+
+    return in_blocks(of_logits, s, t).squeeze(-1)
+
+
+def distance2(p: Tensor, r: Tensor) -> Tensor:
+    """Squared Fisher-Rao distance: (...); smooth at p = r."""
+    dtype = torch.promote_types(p.dtype, r.dtype)
+    squared = in_blocks(lambda p, r: (16 * smooth.arcsin_squared(_chord(_root(p), _root(r)))).to(dtype), p, r)
+    return squared.squeeze(-1)
+
+
+def inner(p: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+    """Fisher inner product sum u v / p of tangent vectors (sum 0; 0 where p is 0) at p (..., n): (...)."""
+    v = u if v is None else v
+    inside = p > 0
+    terms = torch.where(inside, u.double() * v.double() / torch.where(inside, p, 1.0), 0.0)
+    return terms.sum(-1).to(torch.promote_types(p.dtype, torch.promote_types(u.dtype, v.dtype)))
+
+
+def geodesic(p: Tensor, r: Tensor, t: float | Tensor) -> Tensor:
+    """The point at time t of the geodesic from p (t = 0) to r (t = 1), at constant speed: (..., n).
+
+    Args:
+        t: a number, or a tensor broadcast against (...).
+    """
+    dtype = torch.promote_types(p.dtype, r.dtype)
+    a, b = _root(p), _root(r)
+    time = torch.as_tensor(t, dtype=torch.float64, device=p.device)[..., None]
+    squared = 4 * smooth.arcsin_squared(_chord(a, b))  # theta^2
+    sinc = smooth.sinc_sqrt(squared)
+    from_a = (1 - time) * smooth.sinc_sqrt((1 - time) ** 2 * squared) / sinc
+    from_b = time * smooth.sinc_sqrt(time**2 * squared) / sinc
+    return (from_a * a + from_b * b).square().to(dtype)
+
+
+def midpoint(p: Tensor, r: Tensor) -> Tensor:
+    """The middle of the geodesic: the square of the normalised sqrt p + sqrt r: (..., n)."""
+    total = _root(p) + _root(r)
+    return (total.square() / _dot(total, total)).to(torch.promote_types(p.dtype, r.dtype))
+
+
+def expmap(p: Tensor, v: Tensor) -> Tensor:
+    """The point reached in unit time from p with velocity v (sum 0; 0 where p is 0): (..., n).
+
+    cos|w| sqrt p + sin|w| / |w| w with w = v / (2 sqrt p), squared. A geodesic that meets the boundary of the simplex
+    is reflected there, as that of the sphere is folded on its positive orthant.
+    """
+    a = _root(p)
+    inside = a > 0
+    w = torch.where(inside, v.double() / (2 * torch.where(inside, a, 1.0)), 0.0)
+    squared = _dot(w, w)
+    psi = smooth.cos_sqrt(squared) * a + smooth.sinc_sqrt(squared) * w
+    return psi.square().to(torch.promote_types(p.dtype, v.dtype))
+
+
+def logmap(p: Tensor, r: Tensor) -> Tensor:
+    """The velocity at p that reaches r in unit time: (..., n), of sum 0.
+
+    2 sqrt p theta / sin theta (sqrt r - cos theta sqrt p), with cos theta = 1 - 2 chord. Where p is 0 no velocity
+    leads inside (the metric is infinite there), and the result is 0: the map inverts `expmap` for p > 0.
+    """
+    a, b = _root(p), _root(r)
+    chord = _chord(a, b)
+    v = 2 * a * smooth.arcsin_ratio(chord) * ((b - a) + 2 * chord * a)
+    return v.to(torch.promote_types(p.dtype, r.dtype))
+
+
+def softmax_metric(p: Tensor) -> Tensor:
+    """Fisher metric of softmax in its logits, diag(p) - p p', at probabilities p (..., n): (..., n, n).
+
+    Positive semidefinite: adding a constant to the logits changes nothing.
+    """
+    return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+
+def exponential_family_metric(log_partition: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    """Fisher metric of an exponential family: the Hessian of its log-partition at theta (..., d): (..., d, d).
+
+    Args:
+        log_partition: from (d,) to a number, written with torch functions.
+    """
+    hessian = torch.func.vmap(torch.func.hessian(log_partition))(theta.reshape(-1, theta.shape[-1]))
+    return hessian.reshape(*theta.shape, theta.shape[-1])
+
+
+def tile_metric(k: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the keys of a tile: gradient and Fisher metric of its log-partition in the query.
+
+    For scores q.k the log-partition ln sum_j weight_j exp(q.k_j) has these derivatives at q = 0; at another q pass
+    the attention within the tile, softmax(q.k), as the weight. Computed in float32 or wider, deviations first, so
+    that a vector added to all keys does not touch the covariance.
+
+    Args:
+        k: (..., n, d) keys.
+        weight: (..., n), not negative, or booleans: which keys exist; all alike without it. Only its ratios count.
+
+    Returns:
+        mean (..., d) and covariance (..., d, d), population form; both 0 for a tile without weight.
+    """
+    x = k.to(torch.promote_types(k.dtype, torch.float32))
+    w = x.new_ones(x.shape[:-1]) if weight is None else weight.to(x.dtype).expand(x.shape[:-1])
+    total = w.sum(-1, keepdim=True)
+    w = (w / torch.where(total == 0, 1.0, total))[..., None]
+    x = torch.where(w == 0, 0.0, x)  # whatever a key that does not exist holds
+    mean = (w * x).sum(-2)
+    centred = x - mean[..., None, :]
+    return mean, (w * centred).mT @ centred
+
+
+def natural_gradient(metric: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
+    """The steepest direction of the metric, (metric + damping)^-1 gradient (Amari 1998): (..., d).
+
+    Without damping, the solution of least norm: directions that change nothing (a constant added to all logits) get
+    no step. The pseudo-inverse drops eigenvalues below d eps times the largest.
+
+    Args:
+        metric: (..., d, d), symmetric positive semidefinite.
+        gradient: (..., d).
+        damping: added to the diagonal.
+
+    Raises:
+        ValueError: negative damping.
+        torch.linalg.LinAlgError: the damped metric is not positive definite.
+    """
+    if damping < 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+    if damping == 0:
+        return (torch.linalg.pinv(metric, hermitian=True) @ gradient[..., None])[..., 0]
+    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    factor = torch.linalg.cholesky(metric + damping * identity)
+    return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+
+
+def gaussian_metric(point: Tensor) -> Tensor:
+    """Fisher metric diag(1, 2) / sigma^2 of univariate Gaussians at (mean, sigma) (..., 2): (..., 2, 2)."""
+    sigma = point[..., 1:]
+    return torch.diag_embed(torch.cat([sigma**-2, 2 * sigma**-2], -1))
+
+
+def gaussian_distance(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:
+    """Fisher-Rao distance of diagonal Gaussians, means and standard deviations (..., d): (...).
+
+    Each coordinate is a hyperbolic half-plane of curvature -1/2 (Costa, Santos & Strapasson 2015, eq. 8): the distance
+    is 2 sqrt 2 asinh sqrt h with h = ((dmean)^2 / 2 + (dsigma)^2) / (4 sigma sigma'), and independent coordinates add
+    their squares. 0 exactly, with gradient 0, for equal Gaussians. For one variable pass d = 1.
+    """
+    dtype = torch.promote_types(mean.dtype, other_mean.dtype)
+    m, s, n, t = (x.double() for x in (mean, sigma, other_mean, other_sigma))
+    h = (((m - n) / s) * ((m - n) / t) / 2 + ((s - t) / s) * ((s - t) / t)) / 4
+    return smooth.positive_sqrt(8 * smooth.asinh_squared(h).sum(-1)).to(dtype)
