@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aat_hf.quantum.fidelity import kept_infidelity
+
 _Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -50,6 +52,4 @@ def half_width(infidelity: Tensor) -> Tensor:
 
 def audit_rows(lse_kept: Tensor, lse_exact: Tensor, rows: Tensor) -> Audit:
     """Compare kernel and exact log-sum-exp of `rows`: both (batch, heads, R)."""
-    infidelity = -torch.expm1((lse_kept - lse_exact).double())
-    blind = lse_exact == float("-inf")
-    return Audit(rows, infidelity.masked_fill(blind, torch.nan).to(lse_exact.dtype))
+    return Audit(rows, kept_infidelity(lse_kept, lse_exact))
