@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,16 @@ from aat_hf.tiling.layout import control_rows
 from aat_hf.tiling.masks import NONE
 from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.select import Scene, select_tiles
+from aat_hf.tiling.selectors import oracle
 
 _PASSES = 3  # first selection and at most two repairs
-_GIVE_UP = 1.5  # a head still this many times over its tolerance is computed whole: its rows share no tiles
+_GIVE_UP = 1.5  # a head still this many times over its tolerance is measured whole: its rows share no tiles
 
 
 def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
     """Select; then measure control rows and select again, tighter, for the heads that miss their tolerance.
 
-    A head that keeps missing it gets all its tiles.
+    A head that keeps missing it is measured exactly, at half the cost of computing it.
 
     Args:
         scene: the call.
@@ -44,7 +47,29 @@ def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
         tolerance = torch.where(missed, tolerance * config.tolerance / lost, tolerance)
         kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
     hopeless = _lost(born, kept, rows, config.query_tile) > _GIVE_UP * config.tolerance
-    return torch.where(hopeless[..., None, None], scene.states != NONE, kept)
+    if not bool(hopeless.any()):
+        return kept
+    heads = hopeless.any(0).nonzero()[:, 0]
+    kept[:, heads] = _exactly(scene, heads, _of(forced, heads))
+    return kept
+
+
+def _exactly(scene: Scene, heads: Tensor, forced: Tensor) -> Tensor:
+    """Tiles of single `heads` (H',) chosen from the exact masses of all their rows."""
+    if scene.mask.heads > 1:  # a rule for each head: keep what it allows
+        return _of(scene.states, heads) != NONE
+    group = scene.q.shape[1] // scene.k.shape[1]
+    sinks = None if scene.sinks is None else scene.sinks[heads]
+    part = replace(scene, q=scene.q[:, heads], k=scene.k[:, heads // group], sinks=sinks, _moments=None)
+    mass = oracle(part)
+    free = None if sinks is None else (1 - mass.sum(-1)).clamp(min=0)
+    tolerance = torch.full(mass.shape[:2], scene.config.tolerance, device=mass.device, dtype=mass.dtype)
+    return select_tiles(mass, forced, scene.states, tolerance, scene.config.max_kept, free)
+
+
+def _of(x: Tensor, heads: Tensor) -> Tensor:
+    """The part of (batch or 1, heads or 1, ...) that belongs to `heads`."""
+    return x if x.shape[1] == 1 else x[:, heads]
 
 
 def _lost(born: Tensor, kept: Tensor, rows: Tensor, query_tile: int) -> Tensor:

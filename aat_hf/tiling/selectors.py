@@ -16,6 +16,7 @@ from aat_hf.tiling.predict import predict_rows
 from aat_hf.tiling.select import Scene, Selector
 
 SELECTORS: dict[str, Selector] = {}
+_CHUNK_ELEMENTS = 1 << 24  # row probabilities held at a time (64 MiB)
 
 
 def register_selector(name: str, selector: Selector) -> None:
@@ -91,8 +92,12 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
 def _measured(scene: Scene, stride: int) -> Tensor:
     rows = sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
     how = (scene.config.key_tile, scene.scale, scene.softcap, scene.sinks)
-    found = measure_rows(scene.q, scene.k, scene.mask, rows.flatten(), *how)
-    return mean_over_query_tiles(found.probability, len(rows))
+    a_tile = scene.q.shape[0] * scene.q.shape[1] * rows.shape[1] * scene.states.shape[3]
+    means = []
+    for part in rows.split(max(1, _CHUNK_ELEMENTS // a_tile)):
+        found = measure_rows(scene.q, scene.k, scene.mask, part.flatten(), *how)
+        means.append(mean_over_query_tiles(found.probability, len(part)))
+    return torch.cat(means, 2)
 
 
 def _mean_queries(scene: Scene) -> Tensor:
