@@ -409,4 +409,5 @@ def test_random_cases(case):
     torch.manual_seed(seed)
     mask = masks(batch, heads, queries, keys)[name]
     tensors = inputs(batch, heads, kv_heads, queries, keys, *dims)
-    check(tensors, random_map(mask, batch, heads, *tiles, density), mask, softcap=softcap, forward=2e-6)
+    # gradients that all but cancel (a single key) are known to fewer digits
+    check(tensors, random_map(mask, batch, heads, *tiles, density), mask, softcap=softcap, forward=2e-6, backward=1e-4)
