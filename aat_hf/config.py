@@ -46,7 +46,7 @@ class AATConfig:
         max_kept: a query tile that would keep more than this fraction of its tiles keeps all of them, in (0, 1].
         dense_prefix: query rows that see at most so many keys are exact.
         min_length: calls with fewer keys than this go to exact attention; None: the break-even length that
-            `aat calibrate` measured on this machine, 2048 before that.
+            `aat calibrate` measured on this machine; before that 3072 on a CPU, 2048 elsewhere.
         control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.

@@ -41,7 +41,7 @@ class Costs(NamedTuple):
     shortest: int
 
 
-DEFAULTS = {"cpu": Costs(1.0, 1.1, 2048)}
+DEFAULTS = {"cpu": Costs(1.0, 1.1, 3072)}
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 
