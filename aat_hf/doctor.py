@@ -172,9 +172,8 @@ def _backends() -> list[Finding]:
     from aat_hf.kernels import router, simd
 
     found.append(Finding(group, "cpu", OK, f"compiled kernels, vectors of {simd.LANES} floats"))
-    path = router.profile_path()
-    if path.is_file():
-        return [*found, Finding(group, "router", OK, f"costs of this machine in {path}")]
+    if router.measured():
+        return [*found, Finding(group, "router", OK, f"costs of this machine in {router.profile_path()}")]
     return [*found, Finding(group, "router", OPTIONAL, "default costs, this machine was not measured", "aat calibrate")]
 
 

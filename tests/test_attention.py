@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from inputs import peaked
 
 from aat_hf import AATConfig, register_selector, tiled_attention
+from aat_hf.kernels.cpu import cpu_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.tiling.masks import FunctionMask, IntervalMask, TensorMask, causal_mask
 from aat_hf.tiling.selectors import SELECTORS
+from aat_hf.tiling.tile_map import TileMap
 
 SHAPES = [(1, 2, 2, 300, 300, 32), (2, 4, 2, 257, 257, 33), (1, 4, 1, 123, 519, 64), (1, 2, 1, 200, 90, 7)]
 
@@ -149,6 +151,16 @@ def test_skip_mode_certificate_holds(small, backend):
     assert (loss <= result.estimated + 1e-6).all()
     none = tiled_attention(q, k, v, config=skip.replace(tolerance=1e-300), is_causal=True)
     assert (none.tile_map.density == 1).all()
+
+
+def test_the_cpu_backend_names_what_it_cannot_take(small):
+    q, k, v = peaked(1, 2, 1, 300, 300, 16, dtype=torch.float64)
+    with pytest.raises(TypeError, match="gather"):
+        tiled_attention(q, k, v, config=small.replace(backend="cpu"), is_causal=True)
+    mask = causal_mask(300, 300, q.device)
+    tile_map = TileMap.dense(mask, 1, 2, 32, 32)
+    with pytest.raises(ValueError, match="meta"):
+        cpu_attention(*(x.float().to("meta") for x in (q, k, v)), tile_map, mask, 0.25)
 
 
 def test_results_are_bit_equal_between_runs(small):

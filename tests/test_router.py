@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def own_profile(tmp_path, monkeypatch):
     monkeypatch.setenv("AAT_CACHE", str(tmp_path))
-    router._measured.cache_clear()
+    router.measured.cache_clear()
     yield
-    router._measured.cache_clear()
+    router.measured.cache_clear()
 
 
 def entry(**changes):
@@ -44,7 +44,7 @@ def test_a_broken_or_foreign_profile_is_not_used(caplog):
     for spoilt, warns in ((stored | {"version": 99}, False), (stored | {"machine": {"processor": "?"}}, False),
                           (stored | {"costs": [{"device": "cpu"}]}, True), ("not a profile", True)):  # fmt: skip
         router.profile_path().write_text(json.dumps(spoilt))
-        router._measured.cache_clear()
+        router.measured.cache_clear()
         caplog.clear()
         assert router.costs(CPU, torch.float32, 64) == router.DEFAULTS["cpu"]
         assert bool(caplog.records) == warns
@@ -53,7 +53,7 @@ def test_a_broken_or_foreign_profile_is_not_used(caplog):
 def test_the_file_can_be_ignored(monkeypatch):
     router.save([entry()])
     monkeypatch.setenv("AAT_PROFILE", "none")
-    router._measured.cache_clear()
+    router.measured.cache_clear()
     assert router.costs(CPU, torch.float32, 64) == router.DEFAULTS["cpu"]
 
 

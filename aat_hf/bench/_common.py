@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from aat_hf.compare import replaced_attention
-from aat_hf.data import austen, fetch_qwen05, fetch_smollm2, read_text
+from aat_hf.data import TextUnavailableError, austen, fetch_qwen05, fetch_smollm2, read_text
 from aat_hf.hf.masks import from_argument
 from aat_hf.tiling.masks import AttentionMask
 
@@ -25,9 +25,9 @@ TEXTS: dict[str, Callable[[int], str]] = {
 }
 _CHARS_PER_TOKEN = 8
 
-Look = Callable[[int, Tensor, Tensor, AttentionMask, float], None]
-"""Called once per layer with its index, q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), the
-mask and the scale."""
+Look = Callable[[int, Tensor, Tensor, Tensor, AttentionMask, float], None]
+"""Called once per layer with its index, q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), v
+(batch, kv_heads, keys, value_dim), the mask and the scale."""
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -43,24 +43,13 @@ def tokens_of(model: Any, tokenizer: Any, text: str, tokens: int) -> Tensor:
     content = TEXTS[text](characters) if text in TEXTS else read_text(text)
     ids = tokenizer(content[: 4 * characters], verbose=False).input_ids[:tokens]
     if len(ids) < tokens:
-        raise ValueError(f"{text} has {len(ids)} tokens, {tokens} are wanted: choose a longer text")
+        raise TextUnavailableError(f"{text} has {len(ids)} tokens, {tokens} are wanted: choose a longer text")
     return torch.tensor([ids], device=model.device)
 
 
-def look_at_values(model: Any, input_ids: Tensor, look: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
-    """As `look_at_layers`, for layer index, q, k and v."""
-    _look(model, input_ids, lambda layer, q, k, v, mask, scale: look(layer, q, k, v))
-
-
+@torch.inference_mode()
 def look_at_layers(model: Any, input_ids: Tensor, look: Look) -> None:
     """Run the model densely and show every attention call to `look`."""
-    _look(model, input_ids, lambda layer, q, k, v, mask, scale: look(layer, q, k, mask, scale))
-
-
-@torch.inference_mode()
-def _look(
-    model: Any, input_ids: Tensor, look: Callable[[int, Tensor, Tensor, Tensor, AttentionMask, float], None]
-) -> None:
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def looking(

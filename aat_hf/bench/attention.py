@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from aat_hf.attention import tiled_attention
-from aat_hf.bench._common import MODELS, environment, load, look_at_values, markdown_table, tokens_of, write_csv
+from aat_hf.bench._common import MODELS, environment, load, look_at_layers, markdown_table, tokens_of, write_csv
 from aat_hf.bench._inputs import random_map
 from aat_hf.bench._timing import Timing, interleaved
 from aat_hf.config import AATConfig
@@ -145,12 +145,12 @@ def whole(args: argparse.Namespace) -> list[AttentionResult]:
         input_ids = tokens_of(model, tokenizer, args.text, keys)
         kept: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-        def look(layer: int, q: Tensor, k: Tensor, v: Tensor, kept: list[Any] = kept) -> None:
+        def look(layer: int, q: Tensor, k: Tensor, v: Tensor, *_: Any, kept: list[Any] = kept) -> None:
             if layer in args.layers:
                 kept.append((layer, q.clone(), k.clone(), v.clone()))
 
         with progress(f"{args.model}, {keys} tokens", 0):
-            look_at_values(model, input_ids, look)
+            look_at_layers(model, input_ids, look)
         for layer, q, k, v in kept:
             results += [_whole_line(args, layer, tolerance, q, k, v) for tolerance in args.tolerances]
     return results
@@ -160,7 +160,7 @@ def whole(args: argparse.Namespace) -> list[AttentionResult]:
 def _whole_line(
     args: argparse.Namespace, layer: int, tolerance: float, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionResult:
-    config = AATConfig(tolerance=tolerance)
+    config = AATConfig(tolerance=tolerance, backend=args.backend, min_length=0)  # tiled at any length and density
 
     def run() -> Any:
         return tiled_attention(q, k, v, config=config, is_causal=True, need_lse=False)

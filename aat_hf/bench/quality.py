@@ -1,6 +1,7 @@
 """`aat bench quality`: what tiling does to a language model's predictions: NLL, KL and top-1 agreement with dense.
 
-One dense pass over a text, then one tiled pass for every selector and tolerance, all layers and heads tiled.
+One dense pass over a text, then one tiled pass for every selector and tolerance, every layer as the router
+decides: one whose maps keep nearly everything runs exactly.
 """
 
 from __future__ import annotations

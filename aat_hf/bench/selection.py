@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[HeadResult] = []
     with progress(f"{args.model}, {args.text}, {args.tokens} tokens", model.config.num_hidden_layers) as update:
 
-        def look(layer: int, q: Tensor, k: Tensor, mask: AttentionMask, scale: float) -> None:
+        def look(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
             if layer % args.every == 0:
                 for selector, tolerance, found in examine(q, k, mask, scale, args.selectors, args.tolerances):
                     results.extend(_by_head(args, layer, selector, tolerance, found))

@@ -91,6 +91,10 @@ def cpu_skip_attention(
 
     Gradients are those of what was computed; the bound has none.
     """
+    if q.device.type != "cpu":
+        raise ValueError(
+            f'backend "cpu" computes on the CPU; q, k, v are on {q.device}: use backend "auto" or "gather"'
+        )
     if q.dtype not in KINDS or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"the CPU kernel computes in float32 from float32, bfloat16 or float16; q, k, v are {q.dtype}, {k.dtype}, "

@@ -16,7 +16,7 @@ _log = logging.getLogger("aat_hf")
 
 
 def run(loop: Any, work: int, *arguments: Any) -> None:
-    """Run a loop of `cpu_forward` on torch's number of threads, the caller's among them; `work` in multiply-adds."""
+    """Run a compiled loop on torch's number of threads, the caller's among them; `work` in multiply-adds."""
     if not loop.signatures:
         _compile(loop, arguments)
     counter = np.zeros(1, np.int64)

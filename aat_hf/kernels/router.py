@@ -47,7 +47,7 @@ _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 def costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
     """Costs of a call: measured for its dtype and the nearest head dimension, else the defaults."""
-    known = [entry for entry in _measured() if entry["device"] == device.type and entry["dtype"] == _name(dtype)]
+    known = [entry for entry in measured() if entry["device"] == device.type and entry["dtype"] == _name(dtype)]
     if not known or (device.type == "cpu" and dtype == torch.float64):
         return DEFAULTS[device.type] if device.type in DEFAULTS and dtype != torch.float64 else _GATHER
     nearest = min(known, key=lambda entry: abs(entry["head_dim"] - head_dim))
@@ -101,12 +101,12 @@ def save(entries: list[dict[str, Any]]) -> Path:
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"version": VERSION, "machine": machine(), "costs": entries}, indent=1) + "\n", "utf-8")
     part.replace(path)
-    _measured.cache_clear()
+    measured.cache_clear()
     return path
 
 
 def machine() -> dict[str, str | int]:
-    """What a profile belongs to."""
+    """What a profile was measured on; on another processor it is not used."""
     return {
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
@@ -115,7 +115,7 @@ def machine() -> dict[str, str | int]:
 
 
 @lru_cache(maxsize=1)
-def _measured() -> list[dict[str, Any]]:
+def measured() -> list[dict[str, Any]]:
     """The entries of this machine's profile; none when there is no usable one."""
     if os.environ.get("AAT_PROFILE", "").lower() == "none":
         return []
