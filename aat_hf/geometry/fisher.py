@@ -173,6 +173,22 @@ def tile_metric(k: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor
     return mean, (w * centred).mT @ centred
 
 
+def diagonal_tile_metric(k: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the keys of a tile and the diagonal of its Fisher metric, as in `tile_metric`, in O(n d).
+
+    Args:
+        k: (..., n, d), float32 or wider, 0 where a key does not exist.
+        exists: (..., n) booleans, broadcast.
+
+    Returns:
+        mean and variance, both (..., d); 0 for a tile without keys.
+    """
+    count = exists.sum(-1).clamp(min=1)[..., None]
+    mean = k.sum(-2) / count
+    centred = (k - mean[..., None, :]) * exists[..., None]
+    return mean, centred.square().sum(-2) / count
+
+
 def natural_gradient(metric: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
     """The steepest direction of the metric, (metric + damping)^-1 gradient (Amari 1998): (..., d).
 

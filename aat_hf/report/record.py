@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from aat_hf.report import stages
+from aat_hf.kernels.dense import Extras, dense_attention
+from aat_hf.patterns import KeptCells, Patterns, classify, kept_cells
+from aat_hf.report import metrics, stages
 from aat_hf.tiling.audit import half_width
 from aat_hf.tiling.tile_map import TileMap
 
 if TYPE_CHECKING:
     from aat_hf.attention import TiledAttentionResult
+    from aat_hf.tiling.masks import AttentionMask
 
 _active: list[Report] = []
+_listeners: WeakSet[Recorder] = WeakSet()
+_MOST_WEIGHTS = 1 << 28  # attention weights of one call that observables may form (1 GiB)
+
+
+class Recorder(Protocol):
+    """What is told of every attention call of the modules it watches."""
+
+    def watches(self, module: nn.Module) -> bool:
+        """Whether calls of `module` are to be audited and handed to `add` and `inspect`."""
+
+    def add(self, module: nn.Module, result: TiledAttentionResult, queries: int, keys: int) -> None:
+        """Take one call's result."""
+
+    def inspect(self, module: nn.Module, query: Tensor, key: Tensor, mask: AttentionMask, how: dict[str, Any]) -> None:
+        """Look at the same call's inputs; `how` are the further arguments of `tiled_attention`."""
 
 
 @dataclass
@@ -34,7 +54,9 @@ class LayerRecord:
         estimated: (heads,) infidelity the selector expected, averaged likewise.
         infidelity: audited rows of all calls, (heads, rows); None when nothing was audited.
         tile_map: of the last call, when maps are kept.
+        cells: what `patterns` needs of the tile map of the last call; None when nothing was tiled.
         milliseconds: by stage, all calls.
+        observables: those asked for, of the last call, (heads,) or (heads, ...), mean over the batch.
     """
 
     name: str
@@ -47,7 +69,17 @@ class LayerRecord:
     estimated: Tensor = field(default_factory=lambda: torch.zeros(()))
     infidelity: Tensor | None = None
     tile_map: TileMap | None = None
+    cells: KeptCells | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
+    observables: dict[str, Tensor] = field(default_factory=dict)
+    _patterns: Patterns | None = field(default=None, init=False, repr=False)
+
+    @property
+    def patterns(self) -> Patterns | None:
+        """Pattern of each head in the last tiled call (`aat_hf.patterns`), found when first asked for."""
+        if self._patterns is None and self.cells is not None:
+            self._patterns = classify(self.cells)
+        return self._patterns
 
     @property
     def infidelity_mean(self) -> Tensor | None:
@@ -73,6 +105,8 @@ class LayerRecord:
         if result.audit is not None:
             rows = result.audit.infidelity.float().cpu().transpose(0, 1).flatten(1)
             self.infidelity = rows if self.infidelity is None else torch.cat([self.infidelity, rows], -1)
+        if result.tile_map is not None:
+            self.cells, self._patterns = kept_cells(result.tile_map), None
         if keep_map:
             self.tile_map = result.tile_map
 
@@ -90,6 +124,8 @@ class LayerRecord:
             "estimated_infidelity": _numbers(self.estimated),
             "infidelity": None if mean is None else _numbers(mean),
             "infidelity_half_width": None if width is None else _numbers(width),
+            "patterns": None if self.patterns is None else self.patterns.names[0],
+            "observables": {name: value.tolist() for name, value in self.observables.items()},
             "milliseconds": dict(self.milliseconds),
         }
 
@@ -97,10 +133,12 @@ class LayerRecord:
 class Report:
     """Records of all attention layers of a model; see `record`."""
 
-    def __init__(self, model: nn.Module, keep_maps: bool = False) -> None:
+    def __init__(self, model: nn.Module, keep_maps: bool = False, observables: Iterable[str] = ()) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._records: dict[tuple[str, str, str | None], LayerRecord] = {}
         self.keep_maps = keep_maps
+        self._observables = metrics.check_names(observables)
+        self._latest: tuple[LayerRecord, TileMap | None] | None = None
 
     def watches(self, module: nn.Module) -> bool:
         """Whether `module` belongs to the recorded model."""
@@ -112,6 +150,26 @@ class Report:
         if key not in self._records:
             self._records[key] = LayerRecord(key[0], getattr(module, "layer_idx", None), *key[1:])
         self._records[key].update(result, queries * keys, self.keep_maps)
+        self._latest = (self._records[key], result.tile_map)
+
+    def inspect(self, module: nn.Module, query: Tensor, key: Tensor, mask: AttentionMask, how: dict[str, Any]) -> None:
+        """Observables of the call just added, from its exact attention weights; calls with a past are left out."""
+        size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        if not self._observables or self._latest is None or query.shape[2] != key.shape[2]:
+            return
+        if size > _MOST_WEIGHTS:
+            raise ValueError(
+                f"observables need the attention weights, {size} numbers in {self._latest[0].name}; "
+                f"at most {_MOST_WEIGHTS} are formed: record a shorter text for them"
+            )
+        extras = Extras(how.get("softcap"), how.get("sinks"), how.get("bias"))
+        with torch.no_grad():
+            exact = dense_attention(query, key, key[..., :1], mask, how["scale"], extras, need_weights=True)
+        record, tile_map = self._latest
+        assert exact.weights is not None  # asked for
+        wanted = [o for o in self._observables if tile_map is not None or not metrics.OBSERVABLES[o].needs_map]
+        found = metrics.observables(exact.weights, wanted, tile_map=tile_map)
+        record.observables = {name: value.mean(0).float().cpu() for name, value in found.items()}
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -161,7 +219,9 @@ class Report:
         return json.dumps(_without_nan(self.to_dict()), indent=1)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<40} {'path':<6} {'calls':>5} {'density':>8} {'infidelity':>18} {'ms':>9}  reason"]
+        lines = [
+            f"{'layer':<40} {'path':<6} {'calls':>5} {'density':>8} {'infidelity':>18} {'ms':>9}  patterns, reason"
+        ]
         for r in self.layers:
             loss = "not audited"
             if r.infidelity_mean is not None and r.infidelity_half_width is not None:
@@ -172,7 +232,7 @@ class Report:
             total = sum(r.milliseconds.values())
             lines.append(
                 f"{r.name[-40:]:<40} {r.path:<6} {r.calls:>5} {r.density.mean():>8.3f} {loss:>18} {total:>9.1f}"
-                f"  {r.reason or ''}".rstrip()
+                f"  {_summary(r.patterns) or r.reason or ''}".rstrip()
             )
         mean, width = self.infidelity
         times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in self.milliseconds.items())
@@ -181,7 +241,7 @@ class Report:
 
 
 @contextmanager
-def record(model: nn.Module, keep_maps: bool = False) -> Iterator[Report]:
+def record(model: nn.Module, keep_maps: bool = False, observables: Iterable[str] = ()) -> Iterator[Report]:
     """Record what the attention layers of `model` do inside the block.
 
     Every tiled call is audited: `audit_rows` random rows are compared with exact attention.
@@ -189,8 +249,13 @@ def record(model: nn.Module, keep_maps: bool = False) -> Iterator[Report]:
     Args:
         model: a model whose attention implementation is "aat".
         keep_maps: keep the tile map of each layer's last call (memory: one byte per tile pair and more).
+        observables: names of `aat_hf.report.metrics` to compute for every prefill call, from its full attention
+            weights: for short texts.
+
+    Raises:
+        ValueError: an unknown observable. In the block: a text too long for observables.
     """
-    report = Report(model, keep_maps)
+    report = Report(model, keep_maps, observables)
     _active.append(report)
     before, stages.timing = stages.timing, True
     try:
@@ -200,9 +265,20 @@ def record(model: nn.Module, keep_maps: bool = False) -> Iterator[Report]:
         stages.timing = before
 
 
-def recorders_of(module: nn.Module) -> list[Report]:
-    """The reports that are listening to `module`."""
-    return [report for report in _active if report.watches(module)]
+def listen(recorder: Recorder) -> None:
+    """Tell `recorder` of the calls it watches, as long as somebody keeps it alive."""
+    _listeners.add(recorder)
+
+
+def recorders_of(module: nn.Module) -> list[Recorder]:
+    """The reports and further recorders that are listening to `module`."""
+    return [recorder for recorder in (*_active, *_listeners) if recorder.watches(module)]
+
+
+def _summary(patterns: Patterns | None) -> str:
+    """How many heads have which pattern, the most frequent first."""
+    counts = Counter(patterns.names[0]) if patterns is not None else Counter()
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def _numbers(values: Tensor) -> list[float]:

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from crystal_inputs import attention, batches, dtypes, few, gaussian, precisions, seeds, uniform, within
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aat_hf.crystal import periodic
+
+
+def periodic_map(cells, period, seed, dtype=torch.float64):
+    """Row-stochastic map on a ring with A(i + P, j + P) = A(i, j)."""
+    cell = attention(period, cells * period, seed=seed, dtype=dtype)
+    return torch.cat([cell.roll(c * period, -1) for c in range(cells)])
+
+
+@few
+@given(batches, st.integers(1, 20), dtypes, seeds)
+def test_structure_factor_is_the_sum_it_says(batch, n, dtype, seed):
+    kept = uniform(*batch, n, seed=seed) < 0.6
+    found = periodic.structure_factor(kept.to(dtype))
+    assert found.dtype == dtype and found.shape == (*batch, n // 2 + 1)
+    m, j = np.arange(n // 2 + 1)[:, None], np.arange(n)
+    amplitude = (kept.double().numpy()[..., None, :] * np.exp(2j * np.pi * m * j / n)).sum(-1)
+    expected = np.abs(amplitude) ** 2 / np.maximum(kept.sum(-1, keepdim=True).numpy(), 1)
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=0, atol=within(dtype, 1e-5, 1e-12))
+    points = torch.arange(n, dtype=dtype)[kept.reshape(-1, n)[0]]
+    if len(points):
+        at = periodic.structure_factor_at(points, 2 * math.pi / n * torch.arange(n // 2 + 1, dtype=dtype))
+        torch.testing.assert_close(at, found.reshape(-1, n // 2 + 1)[0], rtol=0, atol=within(dtype, 1e-3, 1e-10))
+
+
+@pytest.mark.parametrize("dtype", precisions)
+@pytest.mark.parametrize("period, cells", [(2, 5), (7, 11), (8, 32)])
+def test_a_comb_has_bragg_peaks_of_its_number_and_nothing_else(period, cells, dtype):
+    n = period * cells
+    comb = (torch.arange(n) % period == 1).to(dtype)
+    expected = torch.zeros(n // 2 + 1, dtype=dtype)
+    expected[::cells] = cells
+    found = periodic.structure_factor(comb)
+    torch.testing.assert_close(found, expected, rtol=0, atol=within(dtype, 1e-4, 1e-10))
+    peak = periodic.bragg_peak(comb.bool())
+    assert (int(peak.wavenumber), float(peak.period)) == (cells, period)
+    assert float(peak.score) == pytest.approx(cells / (1 - 1 / period), rel=1e-5)
+
+
+def test_random_keys_scatter_as_one_minus_their_density():
+    kept = uniform(200, 512) < 0.3
+    factor = periodic.structure_factor(kept)[:, 1:]
+    assert float(factor.mean()) == pytest.approx(0.7, abs=0.02)
+    peak = periodic.bragg_peak(kept)
+    assert float(peak.score.mean()) < 2 * math.log(256)
+
+
+@few
+@given(st.integers(2, 12), st.floats(0, 0.2), seeds)
+def test_bragg_peak_finds_the_period_of_a_comb_with_noise(period, chance, seed):
+    n = 480
+    kept = (torch.arange(n) % period == 0) ^ (uniform(n, seed=seed) < chance / period)
+    peak = periodic.bragg_peak(kept.expand(2, n), longest=24)
+    assert peak.score.shape == (2,) and float(peak.period[0]) == pytest.approx(period, rel=0.05)
+    assert peak.score[0] > 20
+
+
+def test_a_block_is_excluded_by_the_longest_period():
+    block = torch.zeros(256, dtype=torch.bool)
+    block[:128] = True
+    assert periodic.bragg_peak(block, longest=256).period == 256
+    both = block & (torch.arange(256) % 8 == 0)
+    assert periodic.bragg_peak(both, longest=32).period == 8
+    with pytest.raises(ValueError, match="no wavenumber"):
+        periodic.bragg_peak(block, shortest=9, longest=8)
+
+
+def test_nothing_and_everything_have_no_period():
+    for kept in (torch.zeros(16), torch.ones(16)):
+        peak = periodic.bragg_peak(kept.bool())
+        assert peak.score < 1e-6 and not periodic.structure_factor(kept)[1:].any()
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 4), dtypes, seeds)
+def test_bands_are_the_spectrum_of_the_ring(cells, period, dtype, seed):
+    ring = periodic_map(cells, period, seed, dtype)
+    blocks = periodic.periodic_part(ring, period)
+    torch.testing.assert_close(blocks[0], ring[:period, :period], rtol=0, atol=1e-6)
+    bands = periodic.bloch_bands(blocks)
+    assert bands.shape == (cells, period) and bands.dtype == dtype.to_complex()
+    ours, dense = bands.flatten().numpy(), np.linalg.eigvals(ring.double().numpy())
+    for values, others in ((ours, dense), (dense, ours)):  # the same set, up to rounding
+        assert max(np.abs(others - value).min() for value in values) <= within(dtype, 1e-3, 1e-7)
+    assert abs(complex(bands[0, 0]) - 1) <= 1e-5  # rows add up to 1
+
+
+@few
+@given(batches, st.integers(1, 9), seeds)
+def test_bands_of_a_circulant_are_the_transform_of_its_symbol(batch, n, seed):
+    symbol = gaussian(*batch, n, seed=seed)
+    i = torch.arange(n)
+    ring = symbol[..., (i - i[:, None]) % n]  # A(i, j) depends on j - i
+    bands = periodic.bloch_bands(periodic.periodic_part(ring, 1))[..., 0]
+    expected = np.fft.ifft(symbol.numpy(), norm="forward")
+    torch.testing.assert_close(bands, torch.from_numpy(expected), rtol=0, atol=1e-10)
+
+
+def test_periodic_part_is_the_nearest_periodic_map():
+    ring = attention(12, 12)
+    blocks = periodic.periodic_part(ring, 3)
+    nearest = torch.cat([torch.cat([blocks[(b - a) % 4] for b in range(4)], 1) for a in range(4)])
+    torch.testing.assert_close(periodic.periodic_part(nearest, 3), blocks)
+    rest = ring - nearest
+    assert abs(float((rest * nearest).sum())) < 1e-12
+    with pytest.raises(ValueError, match="does not divide"):
+        periodic.periodic_part(ring, 5)
+
+
+def test_gradients():
+    w, ring = uniform(9).requires_grad_(), attention(6, 6).requires_grad_()
+    assert torch.autograd.gradcheck(periodic.structure_factor, (w,))
+    kappa = uniform(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(periodic.structure_factor_at, (w, kappa))
+    assert torch.autograd.gradcheck(lambda a: periodic.bloch_blocks(periodic.periodic_part(a, 2)), (ring,))
+    gone = torch.zeros(5).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(periodic.structure_factor(gone).sum(), gone)
+    assert gradient.isfinite().all()
