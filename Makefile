@@ -2,6 +2,7 @@
 #   make demo     a real model and a long text, dense and tiled side by side
 #   make test     the test suite
 #   make check    lint, types and tests
+#   make vulkan   both Vulkan bindings, a software driver and what their tests need (Debian, Ubuntu)
 # A particular build of torch:  make setup TORCH_ARGS="--index-url URL"
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -17,10 +18,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo doctor test lint types check clean help
+.PHONY: setup demo doctor test lint types check vulkan shaders clean help
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -49,6 +50,13 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test
+
+vulkan: $(STAMP)
+	$(PIP) install -e '.[vulkan]'
+	scripts/build_kompute.sh $(VENV)
+
+shaders: $(STAMP)
+	$(BIN)/python -m aat_hf.vulkan.build_shaders
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,10 @@ _SELECTION_SHARE = 0.2  # of SDPA's time, above which a call is too short to be 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and store; 0."""
+    if args.device == "vulkan":
+        from aat_hf.vulkan import calibrate as vulkan_calibrate  # the device is opened when needed
+
+        return vulkan_calibrate.run(args)
     entries = []
     cases = [(dtype, dim) for dtype in args.dtypes for dim in args.head_dims]
     with progress("Measuring", len(cases)) as update:

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from aat_hf.data.pretrained import MINILM, QWEN05, SMOLLM2, cache_dir
+from aat_hf.vulkan import guard, provider
+from aat_hf.vulkan.probe import probe
 
 OK, OPTIONAL, MISSING = "ok", "optional", "missing"
 
@@ -148,7 +150,7 @@ def _devices() -> list[Finding]:
         found.append(Finding("devices", "accelerator", OPTIONAL, detail, _accelerator_fix()))
     elif accelerator.type != "cuda":
         found.append(Finding("devices", accelerator.type, OK, "available"))
-    return [*found, _vulkan()]
+    return [*found, *_vulkan_devices()]
 
 
 def _accelerator_fix() -> str:
@@ -166,7 +168,7 @@ def _accelerator_fix() -> str:
 
 def _backends() -> list[Finding]:
     group = "backends"
-    found = [Finding(group, "torch", OK, "gather and scaled_dot_product_attention, any device")]
+    found = [Finding(group, "torch", OK, "gather and scaled_dot_product_attention, any device"), *_vulkan_bindings()]
     if find_spec("numba") is None:
         return [*found, Finding(group, "cpu", MISSING, "numba is missing", "pip install numba")]
     from aat_hf.kernels import router, simd
@@ -177,21 +179,43 @@ def _backends() -> list[Finding]:
     return [*found, Finding(group, "router", OPTIONAL, "default costs, this machine was not measured", "aat calibrate")]
 
 
-def _vulkan() -> Finding:
-    name, group = "vulkan", "devices"
-    if find_spec("vulkan") is None:
-        return Finding(group, name, OPTIONAL, "Python bindings missing", "pip install 'aat-hf[vulkan]'")
-    try:
-        import vulkan
+def _vulkan_devices() -> list[Finding]:
+    devices, reason, remedy = probe()
+    if not devices:
+        return [Finding("devices", "vulkan", OPTIONAL, reason, remedy)]
+    return [
+        Finding(
+            "devices",
+            f"vulkan:{device.index}",
+            OK,
+            f"{device.name}, {device.kind}, {device.heap_bytes / 2**30:.0f} GiB, Vulkan {device.api_version}",
+        )
+        for device in devices
+    ]
 
-        instance = vulkan.vkCreateInstance(vulkan.VkInstanceCreateInfo(), None)
-        devices = vulkan.vkEnumeratePhysicalDevices(instance)
-        names = [vulkan.vkGetPhysicalDeviceProperties(device).deviceName for device in devices]
-        vulkan.vkDestroyInstance(instance, None)
-    except Exception as error:  # the bindings raise OSError, their own classes, and more
-        fix = "install a driver: your GPU vendor's, or Mesa's (apt-get install mesa-vulkan-drivers)"
-        return Finding(group, name, OPTIONAL, f"no usable driver ({type(error).__name__})", fix)
-    return Finding(group, name, OK, f"{', '.join(names)} (aat_hf has no kernels for it yet)")
+
+def _vulkan_bindings() -> list[Finding]:
+    """The providers, and what an earlier smoke test found."""
+    found = []
+    for name, install in provider.INSTALL.items():
+        if name not in provider.installed():
+            detail = f"the Vulkan binding {guard.PACKAGES[name]} is not installed"
+            found.append(Finding("backends", f"vulkan/{name}", OPTIONAL, detail, install))
+            continue
+        verdicts = {device: guard.remembered(name, device) for device in probe().devices}
+        failed = [
+            Finding(
+                "backends",
+                f"vulkan/{name}",
+                MISSING,
+                f"failed its smoke test on {device.name}: {verdict.reason}",
+                f"update the driver, then delete {guard.verdict_path(name, device)}",
+            )
+            for device, verdict in verdicts.items()
+            if verdict is not None and not verdict.passed
+        ]
+        found += failed or [Finding("backends", f"vulkan/{name}", OK, f"Vulkan binding {guard.PACKAGES[name]}")]
+    return found
 
 
 def _caches() -> list[Finding]:

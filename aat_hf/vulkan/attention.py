@@ -1,0 +1,197 @@
+"""Tiled attention on a Vulkan device: forward and backward over the exact tiles of a map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aat_hf.vulkan import lowering, profile
+from aat_hf.vulkan.interface import Dispatch, Provider, float_bits
+from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, vectors
+from aat_hf.vulkan.shapes import OTHER, Shape, variant
+from aat_hf.vulkan.workspace import Workspace
+
+_LOG2E = 1 / math.log(2)
+_NEVER = 1e30  # base-2 log-sum-exp of rows without keys: every weight becomes 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What does not change between forward and backward.
+
+    Attributes:
+        tiles: the exact tiles; shape: (batch, heads, query_tiles, key_tiles) of their map.
+        query_tile, key_tile: rows and keys of a tile.
+        scale, softcap: the score is softcap(scale * q k).
+        skip_below: blocks of keys whose scores all lie this far below the running maximum are left out; -inf: none.
+    """
+
+    tiles: TileList
+    shape: tuple[int, int, int, int]
+    query_tile: int
+    key_tile: int
+    scale: float
+    softcap: float | None = None
+    skip_below: float = -math.inf
+
+    @property
+    def skips(self) -> bool:
+        """Whether anything may be left out."""
+        return self.skip_below > -math.inf
+
+
+class Skipped(NamedTuple):
+    """What the skip rule left out.
+
+    Attributes:
+        pieces: (tiles, blocks of `rows` queries, blocks of `OTHER` keys) uint32, not 0 where it was left out.
+        rows: queries of a piece.
+    """
+
+    pieces: lowering.Words
+    rows: int
+
+
+class Forward(NamedTuple):
+    """Results of `forward`.
+
+    Attributes:
+        output: (batch, heads, queries, value_dim) in v's dtype; lse: (batch, heads, queries) float32.
+        lost: (batch, heads, queries) float32, upper bound of the probability that the skip rule left out.
+    """
+
+    output: Tensor
+    lse: Tensor
+    lost: Tensor
+    skipped: Skipped
+
+
+def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, shape: Shape | None = None) -> Forward:
+    """Output and log-sum-exp; q, k, v on the CPU as in `aat_hf.kernels.gather.gather_attention`.
+
+    Raises:
+        OutOfDeviceMemoryError, VulkanLimitError: the call does not fit the device; nothing was computed.
+    """
+    shape = shape or _shape(provider, "forward", q, v, call.query_tile)
+    with Workspace(provider) as work:
+        dispatch = forward_dispatch(work, provider, q, k, v, call, shape)
+        output, rows, skipped = dispatch.buffers[4:]
+        work.run(dispatch, fetch=(output, rows, *([skipped] if call.skips else [])))
+        lse, lost = torch.from_numpy(lowering.read_words(rows, (*q.shape[:3], 2), np.float32)).unbind(-1)
+        return Forward(
+            lowering.read_rows(output, torch.Size((*q.shape[:3], v.shape[3])), v.dtype),
+            lse.contiguous(),
+            lost.contiguous(),
+            Skipped(lowering.read_words(skipped, _pieces(call, shape.own), np.uint32), shape.own),
+        )
+
+
+def forward_dispatch(
+    work: Workspace, provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, shape: Shape
+) -> Dispatch:
+    """The forward shader on buffers of `work`; the last three are output, rows (lse and bound) and skipped pieces."""
+    words = lowering.by_rows(call.tiles, call.query_tile)
+    inputs = work.rows(q), work.rows(k), work.words(words.words), work.rows(v)
+    output, rows = work.result((*q.shape[:3], v.shape[3])), work.empty(8 * q.shape[:3].numel())
+    skipped = work.words(np.zeros(_pieces(call, shape.own), np.uint32))
+    return Dispatch(
+        variant("attention_forward", provider.device),
+        (*inputs, output, rows, skipped),
+        (call.shape[2] * _blocks(call.query_tile, shape), q.shape[1], q.shape[0]),
+        _spec(shape, q, v, call),
+        _push(q, k, call, words, shape.own),
+    )
+
+
+def backward(
+    provider: Provider,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    call: Call,
+    skipped: Skipped,
+    shapes: tuple[Shape, Shape] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from those of output and log-sum-exp, in the dtypes of q, k, v.
+
+    Args:
+        inputs: q, k, v; results: output and lse of `forward`; gradients: of these two; skipped: by `forward`.
+        shapes: for the shader of q and for that of k and v.
+
+    Raises:
+        OutOfDeviceMemoryError, VulkanLimitError: the call does not fit the device; nothing was computed.
+    """
+    q, k, v = inputs
+    d_output, d_lse = (x.float() for x in gradients)
+    for_q, for_k = shapes or (
+        _shape(provider, "queries", q, v, call.query_tile),
+        _shape(provider, "keys", q, v, call.key_tile),
+    )
+    delta = (d_output * results[0].float()).sum(-1) - d_lse
+    rows = torch.stack([(results[1] * _LOG2E).nan_to_num(neginf=_NEVER), delta], -1)
+    by_rows = lowering.by_rows(call.tiles, call.query_tile)
+    by_columns = lowering.by_columns(call.tiles, call.shape, k.shape[1], call.query_tile)
+    with Workspace(provider) as work:
+        at_q, at_k, at_v = work.rows(q), work.rows(k), work.rows(v)
+        saved = work.rows(d_output), work.words(rows.numpy())
+        pieces = work.words(skipped.pieces)
+        d_q, d_k, d_v = work.result(q.shape), work.result(k.shape), work.result(v.shape)
+        dispatches = [
+            Dispatch(
+                "attention_backward_queries",
+                (at_q, at_k, work.words(by_rows.words), at_v, *saved, d_q, pieces),
+                (call.shape[2] * _blocks(call.query_tile, for_q), q.shape[1], q.shape[0]),
+                _spec(for_q, q, v, call),
+                _push(q, k, call, by_rows, skipped.rows),
+            ),
+            Dispatch(
+                "attention_backward_keys",
+                (at_q, at_k, work.words(by_columns.words), at_v, *saved, d_k, d_v, pieces),
+                (call.shape[3] * _blocks(call.key_tile, for_k), k.shape[1], k.shape[0]),
+                _spec(for_k, q, v, call),
+                _push(q, k, call, by_columns, skipped.rows),
+            ),
+        ]
+        work.run(*dispatches, fetch=(d_q, d_k, d_v))
+        return (
+            lowering.read_rows(d_q, q.shape, q.dtype),
+            lowering.read_rows(d_k, k.shape, k.dtype),
+            lowering.read_rows(d_v, v.shape, v.dtype),
+        )
+
+
+def _shape(provider: Provider, role: str, q: Tensor, v: Tensor, tile: int) -> Shape:
+    return profile.shape(provider.device, role, vectors(q.shape[3]), vectors(v.shape[3]), tile)
+
+
+def _blocks(tile: int, shape: Shape) -> int:
+    """Workgroups that share a tile."""
+    return -(-tile // shape.own)
+
+
+def _pieces(call: Call, own: int) -> tuple[int, int, int]:
+    """Shape of `Forward.skipped`; one word when nothing can be skipped."""
+    if not call.skips:
+        return 1, 1, 1
+    return max(1, len(call.tiles.columns)), -(-call.query_tile // own), -(-call.key_tile // OTHER)
+
+
+def _spec(shape: Shape, q: Tensor, v: Tensor, call: Call) -> tuple[int, ...]:
+    """Specialisation constants of tiles.glsl."""
+    sizes = shape.threads, shape.rows, shape.chunk, vectors(q.shape[3]), vectors(v.shape[3])
+    return *sizes, KINDS[q.dtype], int(call.softcap is not None), int(call.skips)
+
+
+def _push(q: Tensor, k: Tensor, call: Call, words: TileWords, piece_rows: int) -> tuple[int, ...]:
+    """Push constants of tiles.glsl."""
+    sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2], call.query_tile, call.key_tile, *call.shape[2:]
+    places = words.columns_at, words.cuts_at, words.entries_at, words.masks_at, words.mask_words
+    cap = call.softcap or 1.0
+    skip = max(call.skip_below * _LOG2E, -_NEVER)
+    numbers = call.scale * _LOG2E, call.scale / cap, cap * _LOG2E, skip
+    return *sizes, *places, piece_rows, -(-call.key_tile // OTHER), *map(float_bits, numbers)

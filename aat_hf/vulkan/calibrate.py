@@ -1,0 +1,151 @@
+"""`aat calibrate --device vulkan`: the fastest workgroup shapes of this device, and from where on it beats the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aat_hf.bench._inputs import random_map
+from aat_hf.bench._timing import interleaved
+from aat_hf.data.progress import notice, progress
+from aat_hf.kernels.cpu import cpu_attention, lower_tiles
+from aat_hf.kernels.vulkan import vulkan_attention
+from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.tile_map import EXACT, TileMap
+from aat_hf.vulkan import attention, profile
+from aat_hf.vulkan.attention import Call
+from aat_hf.vulkan.interface import Provider
+from aat_hf.vulkan.lowering import TileList, vectors
+from aat_hf.vulkan.profile import Costs, Direction, Profile
+from aat_hf.vulkan.provider import get_provider
+from aat_hf.vulkan.shapes import Shape, candidates
+
+_TUNED_KEYS = 4096  # where shapes are compared
+_CALLS = ((256, 1.0), (1024, 1.0), (4096, 1.0), (4096, 0.25))  # keys and density of the calls that give the costs
+_SOFTWARE_CALLS = ((64, 1.0), (128, 1.0), (256, 1.0), (256, 0.25))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and store; 0."""
+    provider = get_provider()
+    software = provider.device.kind == "cpu"
+    shapes: dict[str, Shape] = {}
+    cases = list(product(args.dtypes, args.head_dims))
+    with progress(f"Measuring {provider.device.name}", len(args.head_dims) + len(cases)) as update:
+        for number, dim in enumerate(args.head_dims):
+            shapes |= tuned(provider, args.heads, dim, 128 if software else _TUNED_KEYS, args.rounds)
+            update(number + 1)
+        profile.save(provider.device, Profile(shapes, []))  # the costs are those of the tuned shapes
+        costs = []
+        for number, (dtype, dim) in enumerate(cases):
+            calls = _SOFTWARE_CALLS if software else _CALLS
+            costs.append(measured(getattr(torch, dtype), args.heads, dim, calls, args.rounds))
+            update(len(args.head_dims) + number + 1)
+    for name, shape in shapes.items():
+        print(f"{name}: {shape.threads} threads, {shape.rows} rows, chunks of {shape.chunk} vectors")
+    for entry in costs:
+        print(_told(entry, args.heads))
+    notice(f"Wrote {profile.save(provider.device, Profile(shapes, costs))}")
+    return 0
+
+
+def tuned(provider: Provider, heads: int, dim: int, keys: int, rounds: int) -> dict[str, Shape]:
+    """The fastest shape of every role for a head dimension, by the name it has in the profile."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, keys, dim) for _ in range(3))
+    call = _call(q, random_map(q, 0.5))
+    found = attention.forward(provider, q, k, v, call)
+    width = vectors(dim)
+    offered = {role: candidates(provider.device, role, width, width) for role in ("forward", "queries", "keys")}
+    first = {role: shapes[0] for role, shapes in offered.items()}
+
+    def forward(shape: Shape) -> Any:
+        return attention.forward(provider, q, k, v, call, shape)
+
+    def backward(role: str, shape: Shape) -> Any:
+        both = {**first, role: shape}
+        pair = both["queries"], both["keys"]
+        return attention.backward(provider, (q, k, v), found[:2], found[:2], call, found.skipped, pair)
+
+    runs: dict[str, Callable[[Shape], Any]] = {
+        "forward": forward, "queries": partial(backward, "queries"), "keys": partial(backward, "keys"),
+    }  # fmt: skip
+    best = {}
+    for role, run_with in runs.items():
+        times = interleaved({str(shape): partial(run_with, shape) for shape in offered[role]}, rounds)
+        fastest = min(offered[role], key=lambda shape: times[str(shape)].median)
+        best[profile.key(role, width, width)] = first[role] = fastest
+    return best
+
+
+def measured(dtype: torch.dtype, heads: int, dim: int, calls: tuple[tuple[int, float], ...], rounds: int) -> Costs:
+    """Costs of `vulkan_attention` as it is called, lowering and transfers included, and of the CPU kernel."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {"forward": [], "backward": []}
+    for keys, density in calls:
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, heads, keys, dim, dtype=dtype, requires_grad=True) for _ in range(3))
+        tile_map, mask = random_map(q, density), causal_mask(keys, keys, q.device)
+        pairs = int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile
+        load = profile.load_of(q, k, v, pairs)
+        kernels = {"vulkan": vulkan_attention, "cpu": cpu_attention}
+        with torch.no_grad():
+            forward = interleaved(
+                {name: partial(kernel, q, k, v, tile_map, mask, dim**-0.5) for name, kernel in kernels.items()}, rounds
+            )
+        outputs = {name: kernel(q, k, v, tile_map, mask, dim**-0.5)[0] for name, kernel in kernels.items()}
+        backward = interleaved({name: partial(_gradients, x, (q, k, v)) for name, x in outputs.items()}, rounds)
+        for way, times in (("forward", forward), ("backward", backward)):
+            lines[way].append((*load, times["vulkan"].median, times["cpu"].median))
+    return Costs(str(dtype).removeprefix("torch."), dim, *(fitted(np.array(lines[way])) for way in lines))
+
+
+def fitted(lines: np.ndarray[Any, np.dtype[np.float64]]) -> Direction:
+    """Costs from measured calls (calls, 4): bytes, products, seconds through Vulkan, seconds on the CPU.
+
+    Non-negative least squares of the relative errors, so that short calls count as much as long ones.
+    """
+    terms, seconds = np.column_stack([np.ones(len(lines)), lines[:, :2]]), lines[:, 2]
+    relative = terms / seconds[:, None]
+    best, least = np.zeros(3), math.inf
+    for used in product((False, True), repeat=3):
+        answer = np.zeros(3)
+        answer[list(used)] = np.linalg.lstsq(relative[:, list(used)], np.ones(len(lines)), rcond=None)[0]
+        error = float(np.square(relative @ answer - 1).sum())
+        if (answer >= 0).all() and error < least:
+            best, least = answer, error
+    call, byte, each = map(float, best)
+    return Direction(call, byte, each, float(lines[:, 3].sum() / lines[:, 1].sum()))
+
+
+def _call(q: Tensor, tile_map: TileMap) -> Call:
+    mask = causal_mask(q.shape[2], q.shape[2], q.device)
+    tiles = TileList(*lower_tiles(tile_map, mask))
+    return Call(tiles, tile_map.shape, tile_map.query_tile, tile_map.key_tile, q.shape[3] ** -0.5)
+
+
+def _gradients(output: Tensor, leaves: tuple[Tensor, ...]) -> Any:
+    return torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+
+
+def _told(entry: Costs, heads: int) -> str:
+    """One line: the fewest keys of a dense causal call for which the device is faster, in each direction."""
+    itemsize = getattr(torch, entry.dtype).itemsize
+    found = []
+    for way in ("forward", "backward"):
+        direction: Direction = getattr(entry, way)
+        lengths = (
+            keys
+            for keys in (2**power for power in range(6, 18))
+            if direction.pays(3.0 * heads * keys * entry.head_dim * itemsize, heads * keys**2 * entry.head_dim)
+        )
+        shortest = next(lengths, None)
+        found.append(f"{way} from {shortest} keys" if shortest else f"{way} never")
+    return f"{entry.dtype} head_dim {entry.head_dim}: faster than the CPU {', '.join(found)} ({heads} heads, dense)"

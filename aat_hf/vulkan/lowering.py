@@ -1,0 +1,132 @@
+"""Tile maps and tensors as the shaders read them: 32-bit words, rows of whole vectors of four."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aat_hf.vulkan.interface import Buffer
+
+VECTOR, WORD_BITS = 4, 32
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # KIND in the shaders
+_INTEGER = {2: np.int16, 4: np.float32}
+
+Words = NDArray[np.uint32]
+Number = TypeVar("Number", bound=np.generic)
+
+
+class TileList(NamedTuple):
+    """The exact tiles of a map and the mask inside the cut ones (`aat_hf.kernels.cpu.LoweredTiles`).
+
+    Attributes:
+        starts: (batch * heads * query_tiles + 1,) first tile of each row of the map.
+        columns: (tiles,) key tile; cuts: (tiles,) place in `masks`, -1 where every pair is allowed.
+        masks: (places, key_tile, at least query_tile) uint8.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    cuts: Tensor
+    masks: Tensor
+
+
+class TileWords(NamedTuple):
+    """The `tiles` buffer of a shader.
+
+    Attributes:
+        words: starts, columns (or rows of the map), cuts, entries (may be missing) and masks, one after the other.
+        columns_at, cuts_at, entries_at, masks_at: where the parts begin; mask_words: words of a mask's row.
+    """
+
+    words: Words
+    columns_at: int
+    cuts_at: int
+    entries_at: int
+    masks_at: int
+    mask_words: int
+
+
+def by_rows(tiles: TileList, query_tile: int) -> TileWords:
+    """The map for shaders whose workgroups own queries; a mask's row is one query against all keys of a tile."""
+    masks = tiles.masks.numpy()[:, :, :query_tile].transpose(0, 2, 1)
+    parts = [tiles.starts.numpy(), tiles.columns.numpy(), tiles.cuts.numpy(), np.empty(0, np.int64)]
+    return _joined(parts, packed_bits(masks))
+
+
+def by_columns(tiles: TileList, shape: tuple[int, int, int, int], kv_heads: int, query_tile: int) -> TileWords:
+    """The map for shaders whose workgroups own keys: for every key tile of every head of k the rows that keep it.
+
+    Args:
+        shape: (batch, heads, query_tiles, key_tiles).
+    """
+    batch, heads, query_tiles, key_tiles = shape
+    starts, columns = tiles.starts.numpy(), tiles.columns.numpy()
+    rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    head = rows // query_tiles
+    owner = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * key_tiles + columns
+    order = owner.argsort(kind="stable")
+    counts = np.bincount(owner, minlength=batch * kv_heads * key_tiles)
+    own_starts = np.concatenate([[0], counts.cumsum()])
+    parts = [own_starts, rows[order], tiles.cuts.numpy()[order], order]
+    return _joined(parts, packed_bits(tiles.masks.numpy()[:, :, :query_tile]))
+
+
+def packed_bits(mask: NDArray[np.generic]) -> Words:
+    """Truth values (..., n) as bits of ceil(n / 32) words, the first in the lowest bit."""
+    padding = -mask.shape[-1] % WORD_BITS
+    if padding:
+        mask = np.concatenate([mask, np.zeros((*mask.shape[:-1], padding), mask.dtype)], -1)
+    return np.packbits(np.ascontiguousarray(mask).astype(bool, copy=False), axis=-1, bitorder="little").view(np.uint32)
+
+
+def _joined(parts: list[NDArray[np.int64]], masks: Words) -> TileWords:
+    edges = np.cumsum([len(part) for part in parts])
+    words = np.concatenate([*(part.astype(np.uint32) for part in parts), masks.ravel()])  # a cut of -1: all bits set
+    columns_at, cuts_at, entries_at, masks_at = map(int, edges)
+    return TileWords(words, columns_at, cuts_at, entries_at, masks_at, masks.shape[-1])
+
+
+def vectors(dim: int) -> int:
+    """Vectors of four in a row of `dim` elements."""
+    return -(-dim // VECTOR)
+
+
+def row_bytes(x: Tensor) -> int:
+    """Bytes of `x` (..., dim) in a buffer."""
+    return max(4, x.shape[:-1].numel() * vectors(x.shape[-1]) * VECTOR * x.element_size())
+
+
+def write_rows(buffer: Buffer, x: Tensor) -> None:
+    """Copy `x` (..., dim) into the buffer's host memory, rows padded with zeros to whole vectors."""
+    target = _rows(buffer, x.shape, x.dtype)
+    target[..., : x.shape[-1]].copy_(x.detach())
+    if target.shape[-1] > x.shape[-1]:
+        target[..., x.shape[-1] :].zero_()
+
+
+def read_rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of `shape` (..., dim) from a buffer of float32 rows."""
+    return torch.empty(shape, dtype=dtype).copy_(_rows(buffer, shape, torch.float32)[..., : shape[-1]])
+
+
+def write_words(buffer: Buffer, words: NDArray[np.generic]) -> None:
+    """Copy 32-bit words into the buffer's host memory."""
+    buffer.view()[: words.nbytes] = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+
+
+def read_words(buffer: Buffer, shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
+    """A copy of 32-bit words of `dtype`."""
+    size = 4 * int(np.prod(shape))
+    return buffer.view()[:size].view(dtype).reshape(shape).copy()
+
+
+def _rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The buffer's host memory as rows (..., whole vectors)."""
+    width = vectors(shape[-1]) * VECTOR
+    size = shape[:-1].numel() * width * dtype.itemsize
+    numbers = torch.from_numpy(buffer.view()[:size].view(_INTEGER[dtype.itemsize]))
+    return numbers.view(dtype).view(*shape[:-1], width)

@@ -1,0 +1,296 @@
+"""Tiled attention on a Vulkan device against float64, on every provider; small shapes, the software driver is slow."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from inputs import peaked
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import aat_hf
+from aat_hf.attention import tiled_attention
+from aat_hf.kernels import vulkan as kernel
+from aat_hf.kernels.cpu import cpu_attention
+from aat_hf.kernels.reference import reference_attention
+from aat_hf.kernels.vulkan import vulkan_attention, vulkan_skip_attention
+from aat_hf.tiling.masks import FunctionMask, IntervalMask, TensorMask, causal_mask, full_mask
+from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+from aat_hf.vulkan import profile
+from aat_hf.vulkan import shapes as workgroups
+from aat_hf.vulkan.buffers import BufferPool
+from aat_hf.vulkan.errors import OutOfDeviceMemoryError
+from aat_hf.vulkan.shapes import Shape
+from aat_hf.vulkan.workspace import pool_of
+
+# Each binding with one kind of memory, and with that the workgroup shapes of software drivers and of GPUs.
+PROVIDERS = pytest.mark.parametrize(
+    ("binding", "provider"), [("kompute", "unified"), ("vulkan", "copies")], indirect=True
+)
+pytestmark = [pytest.mark.vulkan, PROVIDERS]
+CPU = torch.device("cpu")
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+MASKS = ["full", "causal", "window", "left padding", "packed", "per head", "tensor"]
+
+
+@pytest.fixture(autouse=True)
+def on_provider(provider, monkeypatch):
+    """The kernel computes on the provider under test."""
+    monkeypatch.setattr(kernel, "get_provider", lambda: provider)
+
+
+def inputs(batch, heads, kv_heads, queries, keys, dim, value_dim=None, dtype=torch.float32):
+    shapes = ((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim or dim))
+    return tuple(torch.randn(batch, *shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+def random_map(mask, batch, heads, query_tile, key_tile, density=1.0):
+    """A random part of the tiles exact, some coarse (to be ignored), the others culled; the first column is kept."""
+    states = mask.tile_states(query_tile, key_tile)
+    shape = (batch, heads, *states.shape[2:])
+    levels = torch.where(torch.rand(shape) < density, EXACT, torch.where(torch.rand(shape) < 0.3, COARSE, 0))
+    levels[..., 0] = EXACT
+    return TileMap.from_dense(levels.to(torch.uint8), states, query_tile, key_tile)
+
+
+def masks(batch, heads, queries, keys):
+    ramp = torch.arange(queries)[None] + keys - queries
+    valid = torch.ones(batch, keys, dtype=torch.bool)
+    valid[-1, : keys // 3] = False
+    part = torch.arange(queries) // 23 * 23
+    table = torch.rand(batch, heads, queries, keys) < 0.3
+    table[:, :, 5:6] = False
+    return {
+        "full": full_mask(queries, keys, CPU),
+        "causal": causal_mask(queries, keys, CPU),
+        "window": IntervalMask((ramp - 20).clamp(min=0), ramp + 1, keys),
+        "left padding": causal_mask(queries, keys, CPU, key_valid=valid),
+        "packed": IntervalMask(part[None], part[None] + 23, keys),
+        "per head": FunctionMask(lambda b, h, i, j: table[b, h, i, j], batch, queries, keys, CPU, heads),
+        "tensor": TensorMask(table[:1, :1]),
+    }
+
+
+def oracle(q, k, v, tile_map, mask, scale, softcap=None):
+    kept = tile_map.exact.repeat_interleave(tile_map.query_tile, 2).repeat_interleave(tile_map.key_tile, 3)
+    allowed = kept[:, :, : q.shape[2], : k.shape[2]] & mask.rows(torch.arange(q.shape[2]))
+    return reference_attention(q, k, v, allowed, scale, softcap)[:2]
+
+
+def distance(found, expected):
+    """Largest error relative to the largest value."""
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def run(tensors, tile_map, mask, scale, softcap=None):
+    """Output, log-sum-exp and the gradients of a weighted sum of both."""
+    output, lse = vulkan_attention(*tensors, tile_map, mask, scale, softcap)
+    return output.detach(), lse.detach(), *gradients(output, lse, tensors)
+
+
+def gradients(output, lse, leaves):
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (output, lse)]
+    loss = (output * weights[0]).sum() + (lse * weights[1])[lse.isfinite()].sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def check(tensors, tile_map, mask, scale=None, softcap=None):
+    """Output, log-sum-exp and gradients through both against float64, and the same bits a second time."""
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    limit = LIMIT[tensors[0].dtype]
+    found = run(tensors, tile_map, mask, scale, softcap)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected, expected_lse = oracle(*doubles, tile_map, mask, scale, softcap)
+    wanted = gradients(expected, expected_lse, doubles)
+    finite = expected_lse.isfinite()
+    assert found[0].dtype == tensors[2].dtype and found[1].dtype == torch.float32
+    assert torch.equal(finite, found[1].isfinite())
+    assert (found[0][~finite] == 0).all() and torch.isneginf(found[1][~finite]).all()
+    assert distance(found[0], expected.detach()) < limit
+    assert distance(found[1][finite], expected_lse[finite].detach()) < LIMIT[torch.float32]
+    for mine, theirs in zip(found[2:], wanted, strict=True):
+        assert distance(mine, theirs) < limit
+    for one, other in zip(found, run(tensors, tile_map, mask, scale, softcap), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name):
+    mask = masks(2, 4, 70, 70)[name]
+    check(inputs(2, 4, 2, 70, 70, 32), random_map(mask, 2, 4, 32, 16, 0.6), mask)
+
+
+@pytest.mark.parametrize("dims", [(3, 3), (40, 24), (64, 64), (80, 80), (256, 256)])
+def test_head_dims(dims):
+    mask = causal_mask(40, 40, CPU)
+    check(inputs(1, 2, 1, 40, 40, *dims), random_map(mask, 1, 2, 32, 32), mask)
+
+
+@pytest.mark.parametrize("tiles", [(16, 48), (33, 17), (1024, 1024)])
+@pytest.mark.parametrize(("queries", "keys"), [(37, 83), (60, 40), (1, 40)])
+def test_ragged_lengths_and_tiles(tiles, queries, keys):
+    mask = causal_mask(queries, keys, CPU)
+    check(inputs(1, 4, 2, queries, keys, 32), random_map(mask, 1, 4, *tiles, 0.6), mask)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+@pytest.mark.parametrize("name", ["causal", "per head"])
+def test_softcap(softcap, name):
+    mask = masks(1, 2, 50, 50)[name]
+    check(inputs(1, 2, 2, 50, 50, 32), random_map(mask, 1, 2, 16, 32, 0.7), mask, 0.5, softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(dtype):
+    mask = causal_mask(50, 50, CPU)
+    check(inputs(1, 2, 1, 50, 50, 32, dtype=dtype), random_map(mask, 1, 2, 32, 32), mask)
+
+
+def test_scores_of_any_size():
+    mask = full_mask(40, 40, CPU)
+    q, k, v = (x.detach() for x in inputs(1, 2, 2, 40, 40, 32))
+    tile_map = random_map(mask, 1, 2, 32, 32)
+    output, lse = vulkan_attention(200 * q, k, v, tile_map, mask, 1.0)
+    expected, expected_lse = oracle(200 * q.double(), k.double(), v.double(), tile_map, mask, 1.0)
+    assert distance(lse, expected_lse) < 1e-6
+    assert distance(output, expected) < 1e-3  # a score of 3000 has an error of 2e-4
+
+
+@pytest.mark.parametrize("shape", [Shape(8, 1, 3), Shape(32, 2, 8)], ids=str)
+def test_any_workgroup_shape(shape, monkeypatch):
+    monkeypatch.setattr(profile, "shape", lambda *_, **__: shape)
+    mask = causal_mask(50, 50, CPU)
+    check(inputs(1, 2, 1, 50, 50, 40, 24), random_map(mask, 1, 2, 32, 32), mask)
+
+
+def test_without_subgroup_shuffles(monkeypatch):
+    mask = masks(1, 2, 50, 50)["window"]
+    tensors, tile_map = inputs(1, 2, 1, 50, 50, 32), random_map(mask, 1, 2, 32, 32)
+    shuffled = run(tensors, tile_map, mask, 0.3)
+    monkeypatch.setattr(workgroups, "subgroups", lambda device: False)
+    assert all(torch.equal(a, b) for a, b in zip(run(tensors, tile_map, mask, 0.3), shuffled, strict=True))
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1e-3])
+def test_skip_rule(epsilon):
+    """Nothing is lost beyond the bound, and the gradients are those of what was computed."""
+    mask = causal_mask(90, 90, CPU)
+    q, k, v = (0.5 * x.detach() for x in inputs(1, 2, 1, 90, 90, 32))
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[:, :, 32:64, 0] = (math.log(epsilon) - 3) / 0.3  # the second tile lies below the others for every row
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    tile_map = TileMap.dense(mask, 1, 2, 32, 32)
+    found = vulkan_skip_attention(q, k, v, tile_map, mask, 0.3, None, math.log(epsilon))
+    _, exact = oracle(q.double(), k.double(), v.double(), tile_map, mask, 0.3)
+    lost = 1 - torch.exp(found.lse.detach().double() - exact.detach())
+    assert found.skipped.any() and float(lost.max()) > epsilon / 100
+    assert (lost <= found.lost.double() + 1e-5).all()
+    assert (found.lost < 1).all()
+    kept = kept_pairs(found.skipped, tile_map, 90)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    allowed = kept & mask.rows(torch.arange(90))
+    expected, expected_lse, _ = reference_attention(*doubles, allowed, 0.3)
+    assert distance(found.output.detach(), expected.detach()) < 2e-6
+    mine = gradients(found.output, found.lse, (q, k, v))
+    for one, other in zip(mine, gradients(expected, expected_lse, doubles), strict=True):
+        assert distance(one, other) < 4e-6
+
+
+def kept_pairs(skipped, tile_map, length):
+    """Pairs that were computed: bool (1, heads, length, length)."""
+    blocks = tile_map.query_tile // (skipped.shape[1] // (tile_map.key_tile // workgroups.OTHER))
+    pieces = skipped.view(len(skipped), -1, tile_map.key_tile // workgroups.OTHER)
+    pairs = ~pieces.repeat_interleave(blocks, 1).repeat_interleave(workgroups.OTHER, 2)
+    full = torch.zeros(*tile_map.shape, tile_map.query_tile, tile_map.key_tile, dtype=torch.bool)
+    full.view(-1, tile_map.shape[3], tile_map.query_tile, tile_map.key_tile)[tile_map.rows, tile_map.columns] = pairs
+    return full.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :length, :length]
+
+
+def test_no_room_on_the_device(monkeypatch, caplog):
+    """The CPU kernel takes over, forward and backward, and one warning says so."""
+    monkeypatch.setattr(kernel, "_told", set())
+    mask = causal_mask(40, 40, CPU)
+    tensors, tile_map = inputs(1, 2, 1, 40, 40, 32), random_map(mask, 1, 2, 32, 32)
+    expected = cpu_attention(*tensors, tile_map, mask, 0.2)
+    from_device = vulkan_attention(*tensors, tile_map, mask, 0.2)
+
+    def full(pool, nbytes, *, exact=False):
+        raise OutOfDeviceMemoryError(f"no room for {nbytes} bytes")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "aat_hf"):
+        patch.setattr(BufferPool, "acquire", full)
+        found = vulkan_attention(*tensors, tile_map, mask, 0.2)
+        late = gradients(*from_device, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for mine, theirs in zip(late, gradients(*expected, tensors), strict=True):
+        assert distance(mine, theirs.double()) < 2e-6
+    assert caplog.text.count("no room") == 1 and "the CPU kernel computes" in caplog.text
+
+
+def test_tensors_of_another_device_or_dtype_are_refused():
+    mask = causal_mask(32, 32, CPU)
+    tile_map = random_map(mask, 1, 2, 32, 32)
+    with pytest.raises(ValueError, match=r"\.cpu\(\)"):
+        vulkan_attention(*(x.to("meta") for x in inputs(1, 2, 1, 32, 32, 8)), tile_map, mask, 1.0)
+    with pytest.raises(TypeError, match="gather"):
+        vulkan_attention(*inputs(1, 2, 1, 32, 32, 8, dtype=torch.float64), tile_map, mask, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["tiled", "skip"])
+def test_as_a_backend(mode, small):
+    q, k, v = peaked(1, 4, 2, 150, 150, 32)
+    results = [
+        tiled_attention(q, k, v, config=small.replace(backend=backend, mode=mode, tolerance=0.3), is_causal=True)
+        for backend in ("vulkan", "gather")
+    ]
+    assert results[0].path == mode and float(results[0].tile_map.density.mean()) < 1
+    tolerance = 2e-6 if mode == "tiled" else 0.5  # the skip rules differ in what they leave out together
+    assert distance(results[0].output, results[1].output.double()) < tolerance
+
+
+def test_buffers_are_used_again(provider):
+    """Calls of one shape take the same memory, whatever their maps."""
+    mask, pool = causal_mask(70, 70, CPU), pool_of(provider)
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, 70, 70, 32))
+    vulkan_attention(q, k, v, random_map(mask, 1, 2, 32, 32), mask, 0.2)
+    hits, misses, held = pool.statistics.hits, pool.statistics.misses, pool.statistics.held
+    for _ in range(3):
+        vulkan_attention(q, k, v, random_map(mask, 1, 2, 32, 32, 0.5), mask, 0.2)
+    assert (pool.statistics.misses, pool.statistics.held) == (misses, held)
+    assert pool.statistics.hits > hits and pool.statistics.in_use == 0
+
+
+def tiny_model(backend):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, **sizes)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="aat")
+    settings = dict(query_tile=32, key_tile=32, min_length=0, dense_prefix=0, max_kept=1.0, local_keys=0)
+    aat_hf.configure(model, backend=backend, tolerance=0.3, sample_stride=8, **settings)
+    return model
+
+
+def test_a_model_generates_the_same_text():
+    tokens = torch.randint(64, (1, 120))
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    texts = []
+    for backend in ("vulkan", "cpu"):
+        model = tiny_model(backend).eval()
+        with aat_hf.record(model) as report:
+            texts.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), **options))
+        assert "tiled" in str(report)
+    assert torch.equal(*texts)
+
+
+def test_a_training_step_has_the_same_gradients():
+    tokens = torch.randint(64, (1, 120))
+    grads = []
+    for backend in ("vulkan", "cpu"):
+        model = tiny_model(backend).train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for mine, theirs in zip(*grads, strict=True):
+        assert distance(mine, theirs.double()) < 1e-5
