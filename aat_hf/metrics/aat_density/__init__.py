@@ -1,0 +1,1 @@
+"""The module `aat_density.py` is for `evaluate.load`."""

@@ -1,0 +1,1 @@
+"""The module `aat_infidelity.py` is for `evaluate.load`."""

@@ -1,0 +1,1 @@
+"""The module `long_perplexity.py` is for `evaluate.load`."""

@@ -1,0 +1,32 @@
+"""Perplexity of long texts, each read whole, over all tokens and by position."""
+
+import datasets
+import evaluate
+
+from aat_hf.metrics.measures import perplexity
+
+_DESCRIPTION = "Perplexity of long texts, each read whole, over all tokens and by position."
+_INPUTS = """
+Args:
+    predictions (list of str): texts that the model reads.
+    model, tokenizer: of a causal language model; the model is left as it was.
+    tolerance (float, optional): in place of the model's own.
+    max_tokens (int, optional): read so many tokens of each text.
+    implementation (str): attention implementation, "aat" unless told.
+    buckets (int): ranges of positions, 4 unless told.
+"""
+
+
+class LongPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """See `aat_hf.metrics.measures.perplexity`."""
+
+    def _info(self):  # type: ignore[no-untyped-def]
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions, **options):  # type: ignore[no-untyped-def]
+        return perplexity(predictions, **options)

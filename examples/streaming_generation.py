@@ -1,0 +1,98 @@
+"""Generate after a long prompt and see the tokens as they come, with the metrics live.
+
+    pip install 'aat-hf[demo]'
+    python examples/streaming_generation.py
+    python examples/streaming_generation.py --text book.txt --tokens 8192 --new-tokens 200 --tolerance 0.05
+
+The text goes to stdout, the metrics to stderr. The prompt runs tiled, each new token exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+import aat_hf
+from aat_hf.data.progress import notice
+from aat_hf.demo import encode, load_model
+
+
+class MeteredStreamer(TextStreamer):  # type: ignore[misc]
+    """Prints the text as it comes and, every so many tokens, what has been measured.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        report: Of `aat_hf.record`, listening to the model.
+        every: Tokens between two lines of metrics.
+    """
+
+    def __init__(self, tokenizer: Any, report: aat_hf.Report, every: int = 16) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.report, self.every = report, every
+        self.tokens = 0
+        self.start = self.first = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate`: first with the prompt, then with each token, (1,)."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if is_prompt:
+            return
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first = time.perf_counter()
+            lost, half_width = self.report.infidelity
+            audited = "nothing tiled" if lost != lost else f"infidelity {lost:.4f} ± {half_width:.4f}"
+            self.say(f"first token after {self.first - self.start:.2f} s; density {self.report.density:.3f}, {audited}")
+        elif self.tokens % self.every == 0:
+            self.say(f"{self.tokens} tokens, {self.speed:.1f} tokens/s")
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second since the first one; NaN before the second."""
+        return (self.tokens - 1) / (time.perf_counter() - self.first) if self.tokens > 1 else float("nan")
+
+    def say(self, text: str) -> None:
+        """One line of metrics, on stderr."""
+        sys.stdout.flush()
+        notice(f"\n[{text}]" if sys.stderr.isatty() else f"[{text}]")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or name on the Hub (SmolLM2-135M-Instruct)")
+    parser.add_argument("--text", type=Path, help="UTF-8 file to go on from (the standard library's source)")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (4096)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="how many to generate (64)")
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    args = parser.parse_args(argv)
+
+    model, tokenizer = load_model(args.model, None)
+    model.set_attn_implementation("aat")
+    aat_hf.configure(model, tolerance=args.tolerance)
+    input_ids = encode(model, tokenizer, args.text, args.tokens)
+    with aat_hf.record(model) as report:
+        streamer = MeteredStreamer(tokenizer, report)
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=args.new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - streamer.start
+    read, written = input_ids.shape[1], streamer.tokens
+    print(f"\n{read} tokens read, {written} generated in {seconds:.2f} s, {streamer.speed:.1f} tokens/s")
+    print("milliseconds of attention: " + ", ".join(f"{name} {ms:.0f}" for name, ms in report.milliseconds.items()))
+
+
+if __name__ == "__main__":
+    main()
