@@ -13,6 +13,7 @@ from aat_hf.hf.compiled import compiled_attention
 from aat_hf.hf.guard import install
 from aat_hf.hf.masks import aat_mask, from_argument
 from aat_hf.hf.operator import run_layer
+from aat_hf.hf.space import lifted
 
 NAME = "aat"
 
@@ -58,6 +59,7 @@ def aat_attention(
     sinks = s_aux if s_aux is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     query, key, value = _one_dtype(module, query, key, value)
+    query, key = lifted(module, query, key)
     weights_wanted = _weights_wanted(kwargs)
     if torch.compiler.is_compiling():
         return compiled_attention(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aat_hf.attention import TiledAttentionResult, tiled_attention
 from aat_hf.config import AATConfig
+from aat_hf.report.metrics import observables as observe
 
 
 class QuantumGeometricAttention(nn.Module):
@@ -47,33 +50,32 @@ class QuantumGeometricAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_dim, num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=bias)
         self._last: TiledAttentionResult | None = None
+        self._inputs: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, hidden_states: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Attend: (batch, length, hidden_dim) -> the same; `attn_mask` as in `tiled_attention`."""
-        result = tiled_attention(
-            self._heads(self.q_proj(hidden_states), self.num_heads),
-            self._heads(self.k_proj(hidden_states), self.num_kv_heads),
-            self._heads(self.v_proj(hidden_states), self.num_kv_heads),
-            config=self.config,
-            is_causal=self.is_causal,
-            attn_mask=attn_mask,
-            need_lse=False,
-        )
+        result = self._attend(hidden_states, attn_mask)
+        self._inputs = (hidden_states.detach(), attn_mask)
         self._last = result
         projected: Tensor = self.o_proj(result.output.transpose(1, 2).flatten(2))
         return projected
 
-    def get_metrics(self) -> dict[str, Any]:
+    def get_metrics(self, observables: Iterable[str] = ()) -> dict[str, Any]:
         """Of the last forward pass: path, reason, density, expected and measured infidelity with its half width.
+
+        Args:
+            observables: names of `aat_hf.report.metrics` to add, as tensors (batch, heads) or (batch, heads, ...). The
+                full attention weights are formed for them, with the parameters as they are now.
 
         Raises:
             RuntimeError: nothing was computed yet.
+            ValueError: an unknown observable, or one that needs a tile map where nothing was tiled.
         """
-        if self._last is None:
+        if self._last is None or self._inputs is None:
             raise RuntimeError("no metrics yet: call the module first")
         last = self._last
         exact = last.path == "dense"
-        return {
+        found: dict[str, Any] = {
             "path": last.path,
             "reason": last.reason,
             "density": 1.0 if last.tile_map is None else float(last.tile_map.density.mean()),
@@ -81,6 +83,27 @@ class QuantumGeometricAttention(nn.Module):
             "infidelity": (0.0 if exact else None) if last.audit is None else float(last.audit.mean.nanmean()),
             "infidelity_half_width": None if last.audit is None else float(last.audit.half_width.nanmean()),
         }
+        wanted = list(observables)
+        if wanted:
+            with torch.no_grad():
+                weights = self._attend(*self._inputs, need_weights=True).weights
+            assert weights is not None  # asked for
+            found.update(observe(weights, wanted, tile_map=last.tile_map, tile=self.config.key_tile))
+        return found
+
+    def _attend(
+        self, hidden_states: Tensor, attn_mask: Tensor | None, need_weights: bool = False
+    ) -> TiledAttentionResult:
+        return tiled_attention(
+            self._heads(self.q_proj(hidden_states), self.num_heads),
+            self._heads(self.k_proj(hidden_states), self.num_kv_heads),
+            self._heads(self.v_proj(hidden_states), self.num_kv_heads),
+            config=self.config,
+            is_causal=self.is_causal,
+            attn_mask=attn_mask,
+            need_lse=False,
+            need_weights=need_weights,
+        )
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)

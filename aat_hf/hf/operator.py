@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from aat_hf.attention import TiledAttentionResult, tiled_attention
+from aat_hf.config import AATConfig
 from aat_hf.hf.settings import settings_of
 from aat_hf.kernels import router
 from aat_hf.report.record import recorders_of
@@ -29,7 +30,7 @@ def run_layer(
 ) -> TiledAttentionResult:
     """`tiled_attention` with the layer's settings; its recorders are told."""
     recorders = recorders_of(module)
-    config = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
+    config = _settings(module)
     audit = config.audit == "always" or (config.audit == "recorded" and bool(recorders))
     in_vain = config.backend == "auto" and config.mode == "tiled" and router.lost_lately(module, key.shape[2])
     if in_vain:
@@ -41,7 +42,13 @@ def run_layer(
         router.remember(module, key.shape[2], result.reason)
     for recorder in recorders:
         recorder.add(module, result, query.shape[2], key.shape[2])
+        recorder.inspect(module, query, key, mask, how)
     return result
+
+
+def _settings(module: nn.Module) -> AATConfig:
+    """The settings of a layer, for queries and keys that the interface has lifted."""
+    return settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None)).flat
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -118,7 +125,7 @@ def attention_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value (and sinks), the forward pass recomputed: selection repeats bit for bit."""
     module = _layers[layer]
-    config = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
+    config = _settings(module)
     inputs = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
     # an operator runs below autograd: let it record in here
     recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)

@@ -11,7 +11,17 @@ from aat_hf.hf import operator
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0)  # fmt: skip
-TILED = dict(tolerance=0.3, query_tile=32, key_tile=32, min_length=0, dense_prefix=64, max_kept=1.0, backend="cpu")
+TILED = dict(
+    tolerance=0.3,
+    query_tile=32,
+    key_tile=32,
+    sink_keys=32,
+    local_keys=32,
+    min_length=0,
+    dense_prefix=64,
+    max_kept=1.0,
+    backend="cpu",
+)
 CONFIGS = {
     "causal": lambda: tf.LlamaConfig(**TINY),
     "window": lambda: tf.MistralConfig(**TINY, sliding_window=200),

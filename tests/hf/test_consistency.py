@@ -22,7 +22,16 @@ def model():
     for layer in model.model.layers:  # attention far from uniform
         layer.self_attn.q_proj.weight.data.mul_(12.0)
         layer.self_attn.k_proj.weight.data.mul_(12.0)
-    tiles = dict(query_tile=32, key_tile=32, min_length=0, dense_prefix=64, max_kept=1, backend="cpu")
+    tiles = dict(
+        query_tile=32,
+        key_tile=32,
+        sink_keys=32,
+        local_keys=32,
+        min_length=0,
+        dense_prefix=64,
+        max_kept=1,
+        backend="cpu",
+    )
     aat_hf.configure(model, tolerance=TOLERANCE, **tiles)
     return model
 

@@ -140,7 +140,9 @@ def test_gradient_checkpointing(reentrant):
     model = build(DECODERS["llama"]())
     model.set_attn_implementation("aat")
     model.train()
-    aat_hf.configure(model, tolerance=0.1, min_length=0, dense_prefix=0, query_tile=16, key_tile=16)
+    aat_hf.configure(
+        model, tolerance=0.1, min_length=0, dense_prefix=0, query_tile=16, key_tile=16, sink_keys=16, local_keys=16
+    )
     losses = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -215,7 +217,17 @@ def test_settings_travel_with_the_checkpoint(tmp_path):
 def test_record_reports_every_layer():
     model = build(DECODERS["llama"]())
     model.set_attn_implementation("aat")
-    aat_hf.configure(model, tolerance=0.2, min_length=0, dense_prefix=0, query_tile=16, key_tile=16, max_kept=1.0)
+    aat_hf.configure(
+        model,
+        tolerance=0.2,
+        min_length=0,
+        dense_prefix=0,
+        query_tile=16,
+        key_tile=16,
+        sink_keys=16,
+        local_keys=16,
+        max_kept=1.0,
+    )
     with aat_hf.record(model, keep_maps=True) as report, torch.no_grad():
         model(ids(1, 400))
     assert [r.path for r in report.layers] == ["tiled", "tiled"]

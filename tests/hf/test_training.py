@@ -1,0 +1,150 @@
+"""Fine-tuning with the Trainer: what it can be asked to do, and that exact attention trains as SDPA does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from train_distributed import by_hand, by_trainer
+from training import Copies, arguments, classifier, language_model, losses, trainer
+
+import aat_hf
+from aat_hf import AATCallback
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train(model, folder, how=(), **changes):
+    trained = trainer(model, arguments(folder, **changes), [AATCallback()], **dict(how))
+    trained.train()
+    found = losses(trained)
+    assert all(torch.isfinite(torch.tensor(found)))
+    entry = next(entry for entry in trained.state.log_history if "loss" in entry)
+    return trained, found, entry
+
+
+def test_zero_tolerance_trains_as_sdpa_does(tmp_path):
+    _, aat, _ = train(language_model("aat", tolerance=0.0), tmp_path, max_steps=50, logging_steps=1)
+    _, sdpa, _ = train(language_model("sdpa"), tmp_path, max_steps=50, logging_steps=1)
+    assert len(aat) == 50 and aat[-1] < aat[0] - 0.3
+    assert aat == pytest.approx(sdpa, rel=2e-5)
+
+
+def test_tiled_training_learns(tmp_path):
+    _, found, entry = train(language_model(), tmp_path, max_steps=30, logging_steps=10)
+    _, exact, _ = train(language_model(tolerance=0.0), tmp_path, max_steps=30, logging_steps=10)
+    assert entry["aat_tiled_calls"] == 1 and entry["aat_density"] < 1
+    assert found != exact and found == pytest.approx(exact, rel=0.05)
+
+
+def test_sequence_classification(tmp_path):
+    data = dict(train_dataset=Copies(classes=3), eval_dataset=Copies(8, classes=3))
+    trained, found, entry = train(
+        classifier(), tmp_path, data, max_steps=20, logging_steps=10, per_device_eval_batch_size=2
+    )
+    assert found[-1] < found[0] and entry["aat_tiled_calls"] == 1
+    assert trained.evaluate()["eval_aat_dense_calls"] == 0
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    _, whole, _ = train(language_model(), tmp_path, per_device_train_batch_size=4)
+    _, parts, _ = train(language_model(), tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
+    _, plain, _ = train(language_model(), tmp_path)
+    renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(tf.TrainingArguments)}
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    changes = {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}
+    _, recomputed, entry = train(language_model(), tmp_path, **changes)
+    assert recomputed == pytest.approx(plain, rel=1e-6) and entry["aat_tiled_calls"] == 1
+
+
+def test_bf16(tmp_path):
+    _, full, _ = train(language_model(), tmp_path)
+    _, half, entry = train(language_model(), tmp_path, bf16=True)
+    assert half != full and half == pytest.approx(full, rel=0.02) and entry["aat_tiled_calls"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aat_hf.hf.operator.SUPPORTED, reason="tiles inside torch.compile need torch 2.13")
+@pytest.mark.parametrize("geometry", ["euclidean", "hyperbolic"])
+def test_torch_compile_changes_nothing(tmp_path, geometry):
+    # keeping all that counts, since the compiled mask is a table and its selection may round another way
+    settings = dict(geometry=geometry, learn_curvature=geometry != "euclidean", tolerance=1e-6)
+    _, eager, _ = train(language_model(**settings), tmp_path, max_steps=4)
+    changes = dict(torch_compile=True, torch_compile_backend="aot_eager", max_steps=4)
+    trained, compiled, entry = train(language_model(**settings), tmp_path, **changes)
+    assert compiled == pytest.approx(eager, rel=2e-5) and entry["aat_tiled_calls"] == 1
+    for module in trained.model.modules():
+        if isinstance(module, tf.models.gpt2.modeling_gpt2.GPT2Attention) and geometry != "euclidean":
+            assert not torch.equal(module.aat_curvature(), torch.ones(2))
+
+
+@pytest.mark.slow
+def test_a_schedule_that_leaves_zero_compiles_again(tmp_path):
+    callback = AATCallback(schedule="training:quadratic")
+    args = arguments(tmp_path, logging_steps=1, max_steps=3, torch_compile=True, torch_compile_backend="aot_eager")
+    trained = trainer(language_model(), args, [callback])
+    trained.train()
+    entries = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert entries[0]["aat_tolerance"] == 0 and entries[-1]["aat_tolerance"] > 0
+    assert entries[-1]["aat_tiled_calls"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        language_model(), peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    )
+    frozen = model.base_model.model.transformer.wte.weight.clone()
+    callback = AATCallback(schedule="linear", start=0.4, tolerance=0.2)
+    trained = trainer(model, arguments(tmp_path, max_steps=20, logging_steps=10, learning_rate=0.03), [callback])
+    trained.train()
+    found = losses(trained)
+    assert found[-1] < found[0] and torch.equal(model.base_model.model.transformer.wte.weight, frozen)
+    entries = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert entries[-1]["aat_tolerance"] == pytest.approx(0.21) and entries[-1]["aat_tiled_calls"] == 1
+
+
+def launch(folder, how):
+    """Train in two processes, as `accelerate launch` starts them; what each of them found."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    script = Path(__file__).with_name("train_distributed.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(script), str(folder), how], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torch for Windows has no libuv rendezvous")
+def test_two_processes_that_replicate_equal_one(tmp_path):
+    histories = launch(tmp_path, "ddp")
+    assert [entry.get("aat_density") for entry in histories[0]] == [e.get("aat_density") for e in histories[1]]
+    single = by_trainer(tmp_path, batch=2)
+    for one, two in zip(single, histories[0], strict=True):
+        assert set(one) == set(two)
+        for name in ("loss", "aat_density", "aat_density_p10", "aat_infidelity", "aat_infidelity_ci"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torch for Windows has no libuv rendezvous")
+def test_two_processes_that_shard_equal_one(tmp_path):
+    found = launch(tmp_path, "fsdp")
+    assert found[0] == found[1] == pytest.approx(by_hand(0, 1), rel=1e-4)
