@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 from aat_hf.config import AATConfig
+from aat_hf.geometry.lift import lift
 from aat_hf.kernels import router
 from aat_hf.kernels.coarse import coarse_attention, merge_attention
 from aat_hf.kernels.dense import Extras, dense_attention
@@ -24,6 +28,9 @@ from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
 from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+from aat_hf.vulkan import profile
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,19 @@ class TiledAttentionResult:
     stages: dict[str, float] = field(default_factory=dict)
 
 
+def _without_autocast(function: Callable[P, TiledAttentionResult]) -> Callable[P, TiledAttentionResult]:
+    """Inside, dtypes are chosen one by one: what is accumulated in float32 must not be narrowed."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> TiledAttentionResult:
+        q = args[0] if args else kwargs["q"]
+        with torch.autocast(q.device.type if isinstance(q, Tensor) else "cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_without_autocast
 def tiled_attention(
     q: Tensor,
     k: Tensor,
@@ -95,6 +115,7 @@ def tiled_attention(
     check_inputs(q, k, v)
     mask, bias = as_mask(q, k, attn_mask, is_causal, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = lift(q, k, config.geometry, config.curvature)
     extras = Extras(softcap, sinks, bias, dropout)
     stages = Stages(q.device)
     reason = why_dense(q, k, v, config, extras, need_weights)
@@ -191,6 +212,10 @@ def _kept_attention(
         allowed = kept & mask.rows(torch.arange(q.shape[2], device=q.device))
         output, lse, _ = reference_attention(q, k, v, allowed, scale, softcap)
         return output, lse
+    if config.backend == "vulkan" or (config.backend == "auto" and profile.pays(q, k, v, tile_map)):
+        from aat_hf.kernels.vulkan import vulkan_attention  # the device is opened when needed
+
+        return vulkan_attention(q, k, v, tile_map, mask, scale, softcap)
     if config.backend == "cpu" or (config.backend == "auto" and q.device.type == "cpu" and q.dtype != torch.float64):
         from aat_hf.kernels.cpu import cpu_attention  # numba, loaded when needed
 

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser with its subcommands."""
     from aat_hf.demo import add_arguments
+    from aat_hf.evaluation import command
 
     parser = argparse.ArgumentParser(prog="aat", description="Adaptive attention tiling.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -37,11 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed and usable, and how to mend it")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     calibrate = commands.add_parser("calibrate", help="measure this machine, so that the faster kernel is used")
-    calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
+    calibrate.add_argument("--device", default="cpu", help="cpu, cuda or vulkan")
     calibrate.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     calibrate.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     calibrate.add_argument("--heads", type=int, default=8)
     calibrate.add_argument("--rounds", type=int, default=3)
+    evaluate = commands.add_parser("eval", help="what a tolerance costs: predictions and long-context tasks")
+    command.add_arguments(evaluate)
     bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
     bench.add_argument("name", nargs="?", help="which one; without it they are listed")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
@@ -61,6 +64,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from aat_hf import calibrate
 
         return calibrate.run(args)
+    if args.command == "eval":
+        from aat_hf.evaluation import command
+
+        return command.run(args)
     return _bench(args.name, args.rest)
 
 
@@ -81,10 +88,13 @@ def _bench(name: str | None, rest: list[str]) -> int:
 def _errors_for_the_user() -> tuple[type[Exception], ...]:
     """Errors whose message says what to do."""
     from aat_hf.compare import ComparisonError
-    from aat_hf.data import ModelUnavailableError, TextUnavailableError
+    from aat_hf.data import DatasetUnavailableError, ModelUnavailableError, TextUnavailableError
+    from aat_hf.data.sources import MissingLibraryError
     from aat_hf.errors import UnsupportedAttentionError
+    from aat_hf.vulkan.errors import VulkanError
 
-    return ModelUnavailableError, TextUnavailableError, UnsupportedAttentionError, ComparisonError
+    unavailable = ModelUnavailableError, TextUnavailableError, DatasetUnavailableError, MissingLibraryError
+    return *unavailable, UnsupportedAttentionError, ComparisonError, VulkanError
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aat_hf.geometry.lift import GEOMETRIES
+
 MODES = ("tiled", "skip", "dense")
-BACKENDS = ("auto", "cpu", "gather", "reference")
+BACKENDS = ("auto", "cpu", "gather", "vulkan", "reference")
 _RANGES: dict[str, tuple[float, float]] = {
     "query_tile": (16, 1024),
     "key_tile": (16, 1024),
-    "subtiles": (1, 64),
+    "summary_keys": (1, 1024),
     "predict_stride": (1, 1024),
-    "sink_tiles": (0, 64),
-    "local_tiles": (1, 1024),
+    "sink_keys": (0, 2**31),
+    "local_keys": (0, 2**31),
     "dense_prefix": (0, 2**31),
     "audit_rows": (0, 2**20),
     "control_rows": (0, 2**20),
@@ -37,11 +39,11 @@ class AATConfig:
             maximum are skipped, the loss has a certificate) or "dense" (exact attention).
         selector: name of a registered tile selector (`aat_hf.tiling.select.SELECTORS`).
         query_tile, key_tile: rows and keys of a tile.
-        subtiles: summaries (centroids) of a key tile; divides key_tile.
+        summary_keys: keys of one summary (count, mean, variance); divides key_tile or is larger.
         sample_stride: every so many query rows one is measured exactly; None: 32, or 16 when tolerance <= 0.02.
         predict_stride: every so many query rows one is predicted from the moments.
-        sink_tiles: first key tiles that are always exact.
-        local_tiles: key tiles ending at the query tile's own that are always exact (2: diagonal and previous).
+        sink_keys: the tiles of so many first keys are always exact.
+        local_keys: so are the tiles of a query tile's own keys and of so many keys before and after them.
         coarse: give dropped tiles their first-order summary (one centroid) instead of dropping them.
         max_kept: a query tile that would keep more than this fraction of its tiles keeps all of them, in (0, 1].
         dense_prefix: query rows that see at most so many keys are exact.
@@ -52,8 +54,12 @@ class AATConfig:
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.
         audit: "recorded" (only while `aat_hf.record` listens), "always" or "never".
         backend: kernel of the kept tiles: "cpu" (compiled for this processor; float32, bfloat16, float16), "gather"
-            (PyTorch, any device), "reference" (eager, for tests), or "auto": "cpu" where it can, else "gather".
+            (PyTorch, any device), "vulkan" (a Vulkan device, from tensors on the CPU), "reference" (eager, for tests),
+            or "auto": "cpu" where it can, "vulkan" where it was measured to be faster, else "gather".
         seed: seed of the random rows.
+        geometry: space whose scores are attended with, for models trained with it: "euclidean" (q.k), "hyperbolic"
+            (Lorentz inner products) or "spherical" (cosines); see `aat_hf.geometry.lift`.
+        curvature: positive c of the curvature -c or c of that space; None: 1 (hyperbolic), 1 / head_dim (spherical).
         layers: changes for single layers, {layer_idx: {field: value}}.
 
     Raises:
@@ -64,12 +70,12 @@ class AATConfig:
     mode: str = "tiled"
     selector: str = "mix"
     query_tile: int = 64
-    key_tile: int = 64
-    subtiles: int = 4
+    key_tile: int = 16
+    summary_keys: int = 16
     sample_stride: int | None = None
-    predict_stride: int = 8
-    sink_tiles: int = 1
-    local_tiles: int = 2
+    predict_stride: int = 4
+    sink_keys: int = 64
+    local_keys: int = 64
     coarse: bool = False
     max_kept: float = 0.7
     dense_prefix: int = 1024
@@ -79,6 +85,8 @@ class AATConfig:
     audit: str = "recorded"
     backend: str = "auto"
     seed: int = 0
+    geometry: str = "euclidean"
+    curvature: float | None = None
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,15 +100,33 @@ class AATConfig:
         _choice(self, "mode", MODES)
         _choice(self, "backend", BACKENDS)
         _choice(self, "audit", ("recorded", "always", "never"))
+        _choice(self, "geometry", GEOMETRIES)
+        if self.curvature is not None:
+            _number(self, "curvature", 0, float("inf"), lower_open=True, upper_open=True)
         if not isinstance(self.coarse, bool):
             raise ValueError(f"AATConfig.coarse = {self.coarse!r}: must be True or False")
         if not isinstance(self.selector, str) or not self.selector:
             raise ValueError(f"AATConfig.selector = {self.selector!r}: must be the name of a selector")
-        if self.key_tile % self.subtiles:
-            raise ValueError(f"AATConfig.subtiles = {self.subtiles!r}: must divide key_tile = {self.key_tile}")
+        if self.key_tile > self.summary_keys and self.key_tile % self.summary_keys:
+            raise ValueError(f"AATConfig.summary_keys = {self.summary_keys!r}: must divide key_tile = {self.key_tile}")
         object.__setattr__(self, "layers", _layers(self.layers))
         for changes in self.layers.values():
             dataclasses.replace(self, layers={}, **changes)
+
+    @property
+    def summaries(self) -> int:
+        """Summaries of a key tile."""
+        return max(1, self.key_tile // self.summary_keys)
+
+    @property
+    def sink_tiles(self) -> int:
+        """First key tiles that are always exact."""
+        return -(-self.sink_keys // self.key_tile)
+
+    @property
+    def local_tiles(self) -> int:
+        """Key tiles before and after a query tile's own that are always exact."""
+        return -(-self.local_keys // self.key_tile)
 
     @property
     def measured_stride(self) -> int:
@@ -108,6 +134,11 @@ class AATConfig:
         if self.sample_stride is not None:
             return self.sample_stride
         return 16 if self.tolerance <= 0.02 else 32
+
+    @property
+    def flat(self) -> AATConfig:
+        """The settings for queries and keys that have been lifted already."""
+        return self if self.geometry == "euclidean" else self.replace(geometry="euclidean")
 
     def replace(self, **changes: Any) -> AATConfig:
         """A copy with `changes`, validated.

@@ -18,6 +18,8 @@ def small() -> AATConfig:
         tolerance=0.1,
         query_tile=32,
         key_tile=32,
+        sink_keys=32,
+        local_keys=32,
         min_length=0,
         dense_prefix=0,
         max_kept=1.0,

@@ -278,6 +278,7 @@ def test_random_shapes_and_masks_are_right_for_their_tile_map(case):
         mask = FunctionMask(lambda b, h, i, j: table[b, 0 * h, i, j], batch, queries, keys, q.device)
         kwargs = {"attn_mask": mask}
     config = AATConfig(tolerance=tolerance, query_tile=tile, key_tile=tile, min_length=0, dense_prefix=0,
+                       sink_keys=tile, local_keys=tile,
                        selector=selector, predict_stride=4, control_rows=4, backend=backend)  # fmt: skip
     result = tiled_attention(q, k, v, config=config, **kwargs)
     if result.tile_map is not None:

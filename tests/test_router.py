@@ -111,7 +111,9 @@ def test_a_tiled_model_layer_that_is_too_dense_says_so():
     config = tf.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, pad_token_id=0)  # fmt: skip
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="aat").eval()
-    aat_hf.configure(model, tolerance=0.001, query_tile=32, key_tile=32, min_length=0, dense_prefix=0)
+    aat_hf.configure(
+        model, tolerance=0.001, query_tile=32, key_tile=32, sink_keys=32, local_keys=32, min_length=0, dense_prefix=0
+    )
     ids = torch.randint(3, 97, (1, 300))
     reasons = []
     for _ in range(2):

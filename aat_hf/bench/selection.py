@@ -21,7 +21,7 @@ from aat_hf.data.progress import notice, progress
 from aat_hf.tiling.audit import Audit
 from aat_hf.tiling.layout import forced_tiles, held_out_rows
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.measure import mean_over_query_tiles, measure_rows
+from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, measure_rows
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import SELECTORS, get_selector
@@ -102,7 +102,7 @@ def examine(
     """(selector, tolerance, per-head tensors (heads,) named as in `HeadResult`) of one attention call, batch 1."""
     config = AATConfig()
     rows = torch.arange(q.shape[2], device=q.device)
-    exact = measure_rows(q, k, mask, rows, config.key_tile, scale).probability
+    exact = measure_rows(q, k, mask, rows, config.key_tile, scale)
     states = mask.tile_states(config.query_tile, config.key_tile)
     found = []
     for selector in selectors:
@@ -114,13 +114,15 @@ def examine(
             else:
                 mass = get_selector(selector)(scene)
             kept = select_and_repair(scene, mass, forced_tiles(mask, states, scene.config))
-            found.append((selector, tolerance, _judge(scene, kept, exact)))
+            found.append((selector, tolerance, _judge(scene, kept, exact.probability)))
     return found
 
 
-def _pad_rows(exact: Tensor, query_tile: int) -> Tensor:
+def _pad_rows(exact: RowMasses, query_tile: int) -> RowMasses:
     """Fill up the last query tile: rows past the end see no key and count for nothing."""
-    return torch.nn.functional.pad(exact, (0, 0, 0, -exact.shape[2] % query_tile))
+    missing = -exact.lse.shape[2] % query_tile
+    pad = torch.nn.functional.pad
+    return RowMasses(pad(exact.probability, (0, 0, 0, missing)), pad(exact.lse, (0, missing), value=float("-inf")))
 
 
 def _judge(scene: Scene, kept: Tensor, exact: Tensor) -> dict[str, Tensor]:

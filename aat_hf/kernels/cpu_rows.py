@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from aat_hf.kernels import cpu_row_loops as loops
 from aat_hf.kernels.cpu import as_matrix, as_rule
 from aat_hf.kernels.cpu_threads import run
+from aat_hf.kernels.simd import PANEL
 from aat_hf.tiling.masks import IntervalMask
 from aat_hf.tiling.moments import Moments
 
@@ -27,6 +30,8 @@ def measure_rows(
     near: Tensor | None = None,
     near_tiles: int = 0,
     sink_tiles: int = 0,
+    sinks: Tensor | None = None,
+    together: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Probability of every key tile for the query `rows`, and their log-sum-exp.
 
@@ -37,18 +42,25 @@ def measure_rows(
         moments: with them, tiles outside the local band and the sink are predicted by second-order moments.
         near: (batch or 1, queries) int64, first tile of each row's local band of `near_tiles` tiles. A band is that
             of a whole group of neighbouring rows, so that some more tiles may be exact.
+        sinks: (heads,) logits of one more key, which belongs to no tile.
+        together: so many consecutive rows share a row of the first result: the mean of those that see a key.
 
     Returns:
-        (batch, heads, R, key_tiles) and (batch, heads, R), both float32.
+        (batch, heads, R / together, key_tiles) and (batch, heads, R), both float32.
     """
+    if PANEL % together and together % PANEL:
+        how = (q, k, mask, rows, key_tile, scale, softcap, moments, near, near_tiles, sink_tiles, sinks)
+        probability, lse = measure_rows(*how)
+        alive = (lse > float("-inf")).unflatten(2, (-1, together)).sum(-1).clamp(min=1)
+        return probability.unflatten(2, (-1, together)).sum(3) / alive[..., None], lse
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     valid = np.empty((0, 0), np.int64)
     if mask.key_valid is not None:
         valid = torch.nn.functional.pad(mask.key_valid.long().cumsum(-1), (1, 0)).numpy()
-    see = loops.Rows(
-        rows.numpy(), _whole(mask.first), _whole(mask.last), valid, heads, k.shape[1], queries, keys, key_tile
-    )
+    logits = np.empty(0, np.float32) if sinks is None else (sinks.float() / math.log(2)).numpy()
+    edges = _whole(mask.first), _whole(mask.last), valid
+    see = loops.Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile)
     summary = loops.Summary(_EMPTY, _EMPTY, _EMPTY[0:0].reshape(-1), _EMPTY[0:0].reshape(-1), 0,
                             np.empty((0, 0), np.int64), 0, 0, np.float32(softcap or 0))  # fmt: skip
     if moments is not None:
@@ -65,10 +77,10 @@ def measure_rows(
             sink_tiles,
             np.float32(softcap or 0),
         )
-    probability = torch.zeros(batch, heads, len(rows), -(-keys // key_tile))
+    probability = torch.zeros(batch, heads, len(rows) // together, -(-keys // key_tile))
     lse = torch.empty(batch, heads, len(rows))
     flat = probability.view(-1, probability.shape[3]).numpy(), lse.view(-1).numpy()
-    work = probability.numel() * q.shape[3] * (key_tile if moments is None else 2 * moments.count.shape[1])
+    work = together * probability.numel() * q.shape[3] * (key_tile if moments is None else 2 * moments.count.shape[1])
     run(loops.measure, work, as_matrix(q), as_matrix(k), see, summary, as_rule(scale, softcap, -float("inf")), *flat)
     return probability, lse
 

@@ -49,15 +49,19 @@ def skip_attention(
 ) -> SkipResult:
     """Attention with the skip rule at epsilon = tolerance / 2; q, k, v as in `gather_attention`.
 
-    On the CPU the kernel decides while it computes, for a panel of queries and a block of keys at a time: finer than
-    `tile_map` shows.
+    On the CPU and through Vulkan the kernel decides while it computes, for a few queries and a block of keys at a time:
+    finer than `tile_map` shows.
     """
     epsilon = config.tolerance / 2
-    if config.backend in ("auto", "cpu") and q.device.type == "cpu" and q.dtype != torch.float64:
-        from aat_hf.kernels.cpu import cpu_skip_attention  # numba, loaded when needed
+    on_cpu = config.backend in ("auto", "cpu") and q.device.type == "cpu" and q.dtype != torch.float64
+    if on_cpu or config.backend == "vulkan":
+        if on_cpu:  # loaded when needed
+            from aat_hf.kernels.cpu import cpu_skip_attention as kernel
+        else:
+            from aat_hf.kernels.vulkan import vulkan_skip_attention as kernel
 
         whole = TileMap.dense(mask, q.shape[0], q.shape[1], config.query_tile, config.key_tile)
-        found = cpu_skip_attention(q, k, v, whole, mask, scale, softcap, math.log(max(epsilon, sys.float_info.min)))
+        found = kernel(q, k, v, whole, mask, scale, softcap, math.log(max(epsilon, sys.float_info.min)))
         levels = whole.to_dense()
         gone = found.skipped.all(1)
         levels.view(-1, whole.shape[3])[whole.rows[gone], whole.columns[gone]] = CULLED

@@ -82,7 +82,7 @@ def forced_tiles(mask: AttentionMask, states: Tensor, config: AATConfig) -> Tens
     """
     column = torch.arange(states.shape[-1], device=states.device)
     low, high = diagonal_tiles(mask, config.query_tile, config.key_tile)
-    reach = config.local_tiles - 1
+    reach = config.local_tiles
     band = (column >= low[..., None] - reach) & (column <= high[..., None] + reach)  # [B, nq, nk]
     visible = (states != NONE).sum(-1, keepdim=True)
     first_visible = (states != NONE).to(torch.uint8).argmax(-1, keepdim=True)

@@ -48,8 +48,31 @@ def measure_rows(
     if on_cpu_kernels(mask, q):
         from aat_hf.kernels import cpu_rows  # numba, loaded when needed
 
-        return with_sinks(RowMasses(*cpu_rows.measure_rows(q, k, mask, rows, key_tile, scale, softcap)), sinks)
+        return RowMasses(*cpu_rows.measure_rows(q, k, mask, rows, key_tile, scale, softcap, sinks=sinks))
     return normalised(_tile_log_mass(q, k, mask, rows, key_tile, scale, softcap), sinks)
+
+
+def measure_query_tiles(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    key_tile: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Mean probabilities of the `rows` (query_tiles, rows of each) that see a key; else as `measure_rows`.
+
+    Returns:
+        (batch, heads, query_tiles, key_tiles) float32 or wider.
+    """
+    if on_cpu_kernels(mask, q):
+        from aat_hf.kernels import cpu_rows  # numba, loaded when needed
+
+        how = (key_tile, scale, softcap)
+        return cpu_rows.measure_rows(q, k, mask, rows.flatten(), *how, sinks=sinks, together=rows.shape[1])[0]
+    return mean_over_query_tiles(measure_rows(q, k, mask, rows.flatten(), key_tile, scale, softcap, sinks), len(rows))
 
 
 def on_cpu_kernels(mask: AttentionMask, q: Tensor) -> TypeGuard[IntervalMask]:
@@ -114,8 +137,7 @@ def scores_by_tile(
     return scores.unflatten(-1, (-1, key_tile))
 
 
-def mean_over_query_tiles(probabilities: Tensor, query_tiles: int) -> Tensor:
+def mean_over_query_tiles(masses: RowMasses, query_tiles: int) -> Tensor:
     """Mean over the rows of each query tile that see a key: (batch, heads, query_tiles, key_tiles)."""
-    p = probabilities.unflatten(2, (query_tiles, -1))
-    alive = (p.sum(-1, keepdim=True) > 0).sum(3).clamp(min=1)
-    return p.sum(3) / alive
+    alive = (masses.lse > float("-inf")).unflatten(2, (query_tiles, -1)).sum(-1).clamp(min=1)
+    return masses.probability.unflatten(2, (query_tiles, -1)).sum(3) / alive[..., None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aat_hf.geometry.fisher import diagonal_tile_metric
 from aat_hf.tiling.layout import tile_keys
 
 
@@ -36,11 +37,7 @@ def summarise(k: Tensor, key_tile: int, groups: int) -> Moments:
     x = x.to(torch.promote_types(k.dtype, torch.float32)).unflatten(3, (groups, size))
     position = torch.arange(x.shape[2] * key_tile, device=k.device).view(x.shape[2], groups, size)
     exists = position < k.shape[2]
-    count = exists.sum(-1)
-    divisor = count.clamp(min=1)[..., None]
-    mean = x.sum(4) / divisor  # padding is zero
-    centred = (x - mean[..., None, :]) * exists[..., None]
-    return Moments(count, mean, centred.square().sum(4) / divisor)
+    return Moments(exists.sum(-1), *diagonal_tile_metric(x, exists))  # padding is zero
 
 
 def merge(moments: Moments) -> Moments:

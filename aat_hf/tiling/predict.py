@@ -7,8 +7,8 @@ from torch import Tensor
 
 from aat_hf.config import AATConfig
 from aat_hf.tiling.layout import diagonal_tiles, group_heads, sampled_rows, tile_keys, tiles
-from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.measure import RowMasses, normalised, on_cpu_kernels, with_sinks
+from aat_hf.tiling.masks import AttentionMask, IntervalMask
+from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, normalised, on_cpu_kernels
 from aat_hf.tiling.moments import Moments, log_mass
 
 
@@ -27,19 +27,49 @@ def predict_rows(
     Returns:
         R = query_tiles * rows per tile.
     """
-    if not on_cpu_kernels(mask, q):
-        return normalised(_predicted_log_mass(q, k, mask, moments, config, scale, softcap), sinks)
+    if on_cpu_kernels(mask, q):
+        return RowMasses(*_on_cpu(q, k, mask, moments, config, scale, softcap, sinks, 1))
+    return normalised(_predicted_log_mass(q, k, mask, moments, config, scale, softcap), sinks)
+
+
+def predict_query_tiles(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    moments: Moments,
+    config: AATConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Mean of `predict_rows` over the rows of each query tile: (batch, heads, query_tiles, key_tiles)."""
+    if on_cpu_kernels(mask, q):
+        together = -(-config.query_tile // min(config.predict_stride, config.query_tile))
+        return _on_cpu(q, k, mask, moments, config, scale, softcap, sinks, together)[0]
+    found = predict_rows(q, k, mask, moments, config, scale, softcap, sinks)
+    return mean_over_query_tiles(found, tiles(q.shape[2], config.query_tile))
+
+
+def _on_cpu(
+    q: Tensor,
+    k: Tensor,
+    mask: IntervalMask,
+    moments: Moments,
+    config: AATConfig,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    together: int,
+) -> tuple[Tensor, Tensor]:
     from aat_hf.kernels import cpu_rows  # numba, loaded when needed
 
     rows = sampled_rows(q.shape[2], config.query_tile, config.predict_stride, q.device).flatten()
     low, _ = diagonal_tiles(mask, config.query_tile, config.key_tile)
-    reach = config.local_tiles - 1
+    reach = config.local_tiles
     first = (low - reach).repeat_interleave(config.query_tile, 1)[:, : q.shape[2]]
     width = tiles(config.query_tile, config.key_tile) + 2 * reach
-    found = cpu_rows.measure_rows(
-        q, k, mask, rows, config.key_tile, scale, softcap, moments, first, width, config.sink_tiles
-    )
-    return with_sinks(RowMasses(*found), sinks)
+    near = (moments, first, width, config.sink_tiles)
+    return cpu_rows.measure_rows(q, k, mask, rows, config.key_tile, scale, softcap, *near, sinks, together)
 
 
 def _predicted_log_mass(
@@ -102,7 +132,7 @@ def _insert_exact(
 def _near_tiles(mask: AttentionMask, config: AATConfig, key_tiles: int) -> Tensor:
     """Key tiles scored exactly for each query tile (sink tiles, local band): int64 (batch or 1, query_tiles, F)."""
     low, _ = diagonal_tiles(mask, config.query_tile, config.key_tile)
-    reach = config.local_tiles - 1
+    reach = config.local_tiles
     width = tiles(config.query_tile, config.key_tile)
     offset = torch.arange(-reach, width + reach, device=low.device)
     sink = torch.arange(config.sink_tiles, device=low.device).expand(*low.shape, -1)

@@ -45,13 +45,22 @@ def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
         if not bool(missed.any()):
             return kept
         tolerance = torch.where(missed, tolerance * config.tolerance / lost, tolerance)
-        kept = select_tiles(mass, forced, scene.states, tolerance, config.max_kept, free)
+        kept[missed] = _again(mass, forced, scene.states, tolerance, config.max_kept, free, missed)
     hopeless = _lost(born, kept, rows, config.query_tile) > _GIVE_UP * config.tolerance
     if not bool(hopeless.any()):
         return kept
     heads = hopeless.any(0).nonzero()[:, 0]
     kept[:, heads] = _exactly(scene, heads, _of(forced, heads))
     return kept
+
+
+def _again(
+    mass: Tensor, forced: Tensor, states: Tensor, tolerance: Tensor, max_kept: float, free: Tensor | None, heads: Tensor
+) -> Tensor:
+    """Tiles of the `heads` (batch, heads) bool alone: (M, query_tiles, key_tiles)."""
+    forced, states = (x.expand_as(mass)[heads][None] for x in (forced, states))
+    free = None if free is None else free[heads][None]
+    return select_tiles(mass[heads][None], forced, states, tolerance[heads][None], max_kept, free)[0]
 
 
 def _exactly(scene: Scene, heads: Tensor, forced: Tensor) -> Tensor:

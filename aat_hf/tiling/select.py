@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Scene:
     def moments(self) -> Moments:
         """Sub-tile moments of the keys, computed once."""
         if self._moments is None:
-            self._moments = summarise(self.k, self.config.key_tile, self.config.subtiles)
+            self._moments = summarise(self.k, self.config.key_tile, self.config.summaries)
         return self._moments
 
 
@@ -54,7 +55,7 @@ def select_tiles(
     max_kept: float,
     free_mass: Tensor | None = None,
 ) -> Tensor:
-    """The smallest set of tiles with estimated mass >= 1 - tolerance, per head and query tile.
+    """Drop the smallest tiles as long as the estimated mass dropped is <= tolerance, per head and query tile.
 
     Args:
         mass: (batch, heads, query_tiles, key_tiles) estimated Born probabilities; NaN counts as kept.
@@ -69,14 +70,20 @@ def select_tiles(
     """
     visible = states != NONE
     mass = mass.nan_to_num(nan=1.0).clamp(min=0).masked_fill(~visible, 0.0)
-    target = mass.sum(-1) * (1 - tolerance[..., None])
-    if free_mass is not None:
-        target = target - tolerance[..., None] * free_mass
-    rank_score = torch.where(forced, mass + 2.0, mass).masked_fill(~visible, -1.0)
-    order = rank_score.argsort(dim=-1, descending=True, stable=True)
-    ranked = mass.gather(-1, order).double()
-    before = ranked.cumsum(-1) - ranked
-    kept = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < target[..., None])
+    whole = mass.sum(-1, dtype=torch.float64) + (0 if free_mass is None else free_mass)
+    spare = mass.masked_fill(forced, 0.0)
+    ranked = _ascending(spare)
+    dropped = ranked.cumsum(-1, dtype=torch.float64) <= (tolerance[..., None] * whole)[..., None]
+    first_kept = dropped.sum(-1, keepdim=True)
+    threshold = ranked.gather(-1, first_kept.clamp(max=ranked.shape[-1] - 1))
+    kept = (spare >= threshold) & (first_kept < ranked.shape[-1])  # of equal tiles all or none
     kept = (kept | forced) & visible
     crowded = kept.sum(-1, keepdim=True) > max_kept * visible.sum(-1, keepdim=True)
     return torch.where(crowded, visible, kept)
+
+
+def _ascending(x: Tensor) -> Tensor:
+    """Sorted along the last dimension."""
+    if x.device.type == "cpu":  # numpy's sort uses vectors, torch's does not
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(dim=-1).values

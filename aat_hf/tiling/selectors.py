@@ -10,9 +10,9 @@ from torch import Tensor
 
 from aat_hf.tiling.layout import group_heads, sampled_rows, tile_keys
 from aat_hf.tiling.masks import NONE
-from aat_hf.tiling.measure import mean_over_query_tiles, measure_rows
+from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, measure_query_tiles
 from aat_hf.tiling.moments import merge, summarise
-from aat_hf.tiling.predict import predict_rows
+from aat_hf.tiling.predict import predict_query_tiles
 from aat_hf.tiling.select import Scene, Selector
 
 SELECTORS: dict[str, Selector] = {}
@@ -43,8 +43,7 @@ def measured(scene: Scene) -> Tensor:
 def moments(scene: Scene) -> Tensor:
     """Second-order prediction from sub-tile moments for every `predict_stride`-th row."""
     how = (scene.config, scene.scale, scene.softcap, scene.sinks)
-    predicted = predict_rows(scene.q, scene.k, scene.mask, scene.moments, *how)
-    return mean_over_query_tiles(predicted.probability, scene.states.shape[2])
+    return predict_query_tiles(scene.q, scene.k, scene.mask, scene.moments, *how)
 
 
 def mix(scene: Scene) -> Tensor:
@@ -84,9 +83,9 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
     row = (torch.arange(q.shape[2], device=q.device) * stride + stride - 1).clamp(max=queries - 1)
     key = (torch.arange(k.shape[2], device=q.device) * stride).clamp(max=scene.k.shape[2] - 1)
     visible = scene.mask.rows(row)[..., key]
-    weights = _safe_softmax(scores.masked_fill(~visible, float("-inf")))
-    per_tile = weights.unflatten(-1, (-1, scene.config.key_tile // stride)).sum(-1)
-    return mean_over_query_tiles(per_tile, scene.states.shape[2])
+    scores = scores.masked_fill(~visible, float("-inf"))
+    per_tile = _safe_softmax(scores).unflatten(-1, (-1, scene.config.key_tile // stride)).sum(-1)
+    return mean_over_query_tiles(RowMasses(per_tile, torch.logsumexp(scores, -1)), scene.states.shape[2])
 
 
 def _measured(scene: Scene, stride: int) -> Tensor:
@@ -95,8 +94,7 @@ def _measured(scene: Scene, stride: int) -> Tensor:
     a_tile = scene.q.shape[0] * scene.q.shape[1] * rows.shape[1] * scene.states.shape[3]
     means = []
     for part in rows.split(max(1, _CHUNK_ELEMENTS // a_tile)):
-        found = measure_rows(scene.q, scene.k, scene.mask, part.flatten(), *how)
-        means.append(mean_over_query_tiles(found.probability, len(part)))
+        means.append(measure_query_tiles(scene.q, scene.k, scene.mask, part, *how))
     return torch.cat(means, 2)
 
 

@@ -59,7 +59,7 @@ def test_predicted_rows_equal_the_formula(mask, softcap):
     """Tiles in no row's local band are predicted by the same formula as in PyTorch; the sink is exact."""
     mask = MASKS[mask]()
     q, k, _ = peaked(2, 4, 2, QUERIES, KEYS, 24)
-    config = AATConfig(query_tile=32, key_tile=32, subtiles=4, predict_stride=8)
+    config = AATConfig(query_tile=32, key_tile=32, summary_keys=8, predict_stride=8, local_keys=32, sink_keys=32)
     moments = summarise(k, 32, 4)
     rows = sampled_rows(QUERIES, 32, 8, DEVICE).flatten()
     far = torch.full((1, QUERIES), -100)
@@ -78,7 +78,7 @@ def test_predicted_rows_equal_the_formula(mask, softcap):
 
 
 def test_the_local_band_is_exact():
-    mask, config = causal_mask(512, 512, DEVICE), AATConfig(local_tiles=3)
+    mask, config = causal_mask(512, 512, DEVICE), AATConfig(key_tile=64, local_keys=128, predict_stride=8)
     q, k, _ = peaked(1, 2, 1, 512, 512, 16)
     rows = sampled_rows(512, 64, 8, DEVICE).flatten()
     found = predict_rows(q, k, mask, summarise(k, 64, 4), config, 0.25)
@@ -92,7 +92,7 @@ def test_the_local_band_is_exact():
 def test_sinks_take_their_share():
     mask = causal_mask(300, 300, DEVICE)
     q, k, _ = peaked(1, 2, 1, 300, 300, 16)
-    config, sinks = AATConfig(), torch.tensor([0.5, 3.0])
+    config, sinks = AATConfig(key_tile=64, predict_stride=8), torch.tensor([0.5, 3.0])
     plain = predict_rows(q, k, mask, summarise(k, 64, 4), config, 0.25)
     with_sinks = predict_rows(q, k, mask, summarise(k, 64, 4), config, 0.25, None, sinks)
     lost = 1 - with_sinks.probability.sum(-1)
