@@ -146,7 +146,7 @@ def tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor,
     query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output, log-sum-exp, bound of what was skipped, and which pieces were (see `cpu_cpu_forward.forward`)."""
+    """Output, log-sum-exp, bound of what was skipped, and which pieces were (see `cpu_forward.forward`)."""
     output, lse, lost, skipped = _forward_results(q, v, columns, query_tile, key_tile, skip_below)
     inputs = (as_matrix(q), as_matrix(k), as_matrix(v), _grid(q, k, starts, columns, cuts, masks, query_tile, key_tile))
     results = (as_matrix(output), lse.view(-1).numpy(), lost.view(-1).numpy(), skipped.zero_().numpy())

@@ -17,6 +17,7 @@ from aat_hf.kernels.cpu_matrices import (
     Matrix,
     Numbers,
     Rule,
+    adjoining,
     aligned,
     entry,
     jit,
@@ -147,14 +148,14 @@ def _weights(
 
 @jit
 def _tile_gradients(
-    tile: int, lane: int, count: int, first_row: int, k: Matrix, v: Matrix, grid: Grid, rule: Rule, work: Backward,
-    skipped: Bytes, sum_k: Floats, sum_v: Floats,
+    tile: int, tiles: int, lane: int, count: int, first_row: int, k: Matrix, v: Matrix, grid: Grid, rule: Rule,
+    work: Backward, skipped: Bytes, sum_k: Floats, sum_v: Floats,
 ) -> None:  # fmt: skip
-    """`count` packed queries, from `lane` of their tile on, and one key tile: adds to dQ, dK and dV."""
+    """`count` packed queries, from `lane` of their tile on, and adjoining key tiles: adds to dQ, dK and dV."""
     dim, value_dim = max(k.wide.shape[1], k.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     wide, value_wide, width = sum_k.shape[1], sum_v.shape[1], work.lse.size
     key_first = grid.columns[tile] * grid.key_tile
-    key_end = min(key_first + grid.key_tile, grid.keys)
+    key_end = min(key_first + tiles * grid.key_tile, grid.keys)
     for key in range(key_first, key_end, KEYS):
         keys, inside = min(KEYS, key_end - key), key - key_first
         k_at = load(k, first_row + key, keys, work.k).ctypes.data
@@ -216,11 +217,14 @@ def backward(
                 count, at, lane = min(tile_end - first, most), head * grid.queries + first, first - tile_first
                 _load_queries(at, count, q, out, d_out, lse, d_lse, rule.factor, work)
                 work.dq.fill(0)
-                for tile in range(grid.starts[row], grid.starts[row + 1]):
+                tile, end = grid.starts[row], grid.starts[row + 1]
+                while tile < end:
+                    tiles = adjoining(tile, 1, end, grid, rule)
                     _tile_gradients(
-                        tile, lane, count, kv_head * grid.keys, k, v, grid, rule, work, skipped, sum_k[chunk],
+                        tile, tiles, lane, count, kv_head * grid.keys, k, v, grid, rule, work, skipped, sum_k[chunk],
                         sum_v[chunk],
                     )  # fmt: skip
+                    tile += tiles
                 for i in range(count):
                     for d in range(dim):
                         work.scratch[d] = work.dq[(i // PANEL * dim + d) * PANEL + i % PANEL]

@@ -16,6 +16,7 @@ from aat_hf.kernels.cpu_matrices import (
     Matrix,
     Numbers,
     Rule,
+    adjoining,
     aligned,
     entry,
     jit,
@@ -88,15 +89,15 @@ def _attend(
 
 
 @jit
-def _attend_tile(
-    tile: int, lane: int, count: int, first_row: int, k: Matrix, v: Matrix, grid: Grid, rule: Rule, work: Forward,
-    skipped: Bytes,
+def _attend_tiles(
+    tile: int, tiles: int, lane: int, count: int, first_row: int, k: Matrix, v: Matrix, grid: Grid, rule: Rule,
+    work: Forward, skipped: Bytes,
 ) -> None:  # fmt: skip
-    """`count` packed queries, from `lane` of their tile on, against one key tile of the head at `first_row`."""
+    """`count` packed queries, from `lane` of their tile on, against adjoining key tiles of the head at `first_row`."""
     dim, value_dim = max(k.wide.shape[1], k.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     cut, step = grid.cuts[tile], grid.masks.shape[2]
     key_first = grid.columns[tile] * grid.key_tile
-    key_end = min(key_first + grid.key_tile, grid.keys)
+    key_end = min(key_first + tiles * grid.key_tile, grid.keys)
     for key in range(key_first, key_end, KEYS):
         keys, inside = min(KEYS, key_end - key), key - key_first
         k_at = load(k, first_row + key, keys, work.k).ctypes.data
@@ -166,10 +167,16 @@ def forward(
                 pack(rows, p * PANEL, rule.factor, work.q[p * dim * PANEL :])
                 for i in range(PANEL):
                     work.state[p, 0, i], work.state[p, 1, i], work.state[p, 2, i] = LOWEST, 0, 0
-            begin, end = grid.starts[row], grid.starts[row + 1]
-            for t in range(begin, end):
-                tile = begin if t == begin else end - (t - begin)  # the sink, the diagonal, then backwards
-                _attend_tile(tile, first - tile_first, count, kv_head * grid.keys, k, v, grid, rule, work, skipped)
+            lane, head_row = first - tile_first, kv_head * grid.keys
+            begin, tile = grid.starts[row], grid.starts[row + 1]  # the sink, the diagonal, then backwards
+            if begin < tile:
+                tiles = adjoining(begin, 1, tile, grid, rule)
+                _attend_tiles(begin, tiles, lane, count, head_row, k, v, grid, rule, work, skipped)
+                begin += tiles
+            while begin < tile:
+                tiles = adjoining(tile - 1, -1, begin - 1, grid, rule)
+                tile -= tiles
+                _attend_tiles(tile, tiles, lane, count, head_row, k, v, grid, rule, work, skipped)
             for p in range(padded(count) // PANEL):
                 live = min(PANEL, count - p * PANEL)
                 _finish(

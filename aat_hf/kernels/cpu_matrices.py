@@ -185,6 +185,23 @@ def place(row: int, grid: Grid) -> tuple[int, int, int, int]:
 
 
 @jit
+def adjoining(tile: int, step: int, end: int, grid: Grid, rule: Rule) -> int:
+    """How many tiles from `tile` on, in steps of 1 or -1 and before `end`, make one run of `KEYS` uncut keys at most.
+
+    1 under the skip rule, which keeps account of single tiles.
+    """
+    count = 1
+    if rule.skip > -np.inf or grid.cuts[tile] >= 0:
+        return count
+    while (count + 1) * grid.key_tile <= KEYS and tile + count * step != end:
+        following = tile + count * step
+        if grid.cuts[following] >= 0 or grid.columns[following] != grid.columns[tile] + count * step:
+            return count
+        count += 1
+    return count
+
+
+@jit
 def piece(lane: int, key: int, grid: Grid) -> int:
     """Number of a piece (panel of queries, block of keys) of a tile; `lane` and `key` count from its start."""
     return lane // PANEL * ((grid.key_tile - 1) // KEYS + 1) + key // KEYS
