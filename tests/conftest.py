@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from aat_hf.config import AATConfig
+from aat_hf.hf.settings import environment
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    environment.cache_clear()  # a test may set variables before its first call
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ def structure_factor_at(positions: Tensor, wavevectors: Tensor) -> Tensor:
 
 
 def bragg_peak(kept: Tensor, shortest: int = 2, longest: int | None = None) -> BraggPeak:
-    """The first Bragg peak of kept keys (..., n) bool: the lowest wavenumber at half of the highest or more.
+    """The first Bragg peak of kept keys (..., n) bool: the lowest wavenumber at a third of the highest or more.
 
-    The lowest, because a comb has peaks at all multiples of its wavenumber. Its neighbours belong to it: the local
-    maximum is taken.
+    The lowest, because a comb has peaks at all multiples of its wavenumber; a third, because a peak between two
+    wavenumbers keeps only (2 / pi)^2 of its height. Its neighbours belong to it: the local maximum is taken.
 
     Args:
         shortest, longest: periods looked for, in keys, longest n // 2 by default. A block of kept keys is a peak at
@@ -69,7 +69,7 @@ def bragg_peak(kept: Tensor, shortest: int = 2, longest: int | None = None) -> B
     if not 1 <= low <= high <= n // 2:
         raise ValueError(f"no wavenumber of {n} keys has a period between {shortest} and {longest}")
     factor = structure_factor(kept)[..., low : high + 1]
-    strong = factor >= factor.amax(-1, keepdim=True) / 2
+    strong = factor >= factor.amax(-1, keepdim=True) / 3
     first = strong.to(torch.uint8).argmax(-1, keepdim=True)
     count = torch.arange(factor.shape[-1], device=kept.device)
     falls = torch.nn.functional.pad(factor.diff(dim=-1) <= 0, (0, 1), value=True)

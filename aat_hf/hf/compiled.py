@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import masking_utils
 
 from aat_hf.hf import operator
 from aat_hf.hf.masks import LazyMask, bounds_of
+from aat_hf.kernels.dense import grouped_sdpa, weighted_values
 from aat_hf.kernels.reference import reference_attention
 
 _TRANSPARENT = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
@@ -124,12 +124,10 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
     alive = mask.any(-1, keepdim=True)
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     allowed = mask | ~alive
     if bias is not None:
         allowed = bias.to(query.dtype).masked_fill(~allowed, float("-inf"))
-    output = scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    output = grouped_sdpa(query, key, value, allowed, scale, dropout)
     return (output * alive).transpose(1, 2).contiguous()
 
 
@@ -149,8 +147,10 @@ def _eager(
     output, _, weights = reference_attention(
         query.to(wide), key.to(wide), value.to(wide), mask, scale, softcap, sinks, bias
     )
+    weights = weights.to(query.dtype)
     if dropout:
         weights = torch.nn.functional.dropout(weights, dropout)
-        output = weights @ value.to(wide).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if dropout or (weights_wanted and wide != query.dtype):  # weights handed out are those the output comes from
+        output = weighted_values(weights, value)
     output = output.to(value.dtype).transpose(1, 2).contiguous()
-    return output, weights.to(query.dtype) if weights_wanted else None
+    return output, weights if weights_wanted else None

@@ -19,7 +19,7 @@ class QuantumGeometricAttention(nn.Module):
     Args:
         hidden_dim: width of the hidden states; a multiple of num_heads.
         num_heads: query heads.
-        tile_size: rows and keys of a tile.
+        tile_size: rows of a query tile.
         num_kv_heads: key/value heads (grouped-query attention); default num_heads.
         is_causal: whether a position sees only itself and those before it.
         bias: whether the projections have a bias.
@@ -44,7 +44,7 @@ class QuantumGeometricAttention(nn.Module):
             raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
         self.num_heads, self.num_kv_heads, self.is_causal = num_heads, num_kv_heads, is_causal
         self.head_dim = hidden_dim // num_heads
-        self.config = AATConfig(query_tile=tile_size, key_tile=tile_size, **config)
+        self.config = AATConfig(query_tile=tile_size, **config)
         self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_dim, num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_dim, num_kv_heads * self.head_dim, bias=bias)

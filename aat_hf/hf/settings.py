@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from aat_hf.config import AATConfig
+
+_VARIABLES = tuple(f"AAT_{field.name.upper()}" for field in dataclasses.fields(AATConfig))
 
 
 def configure(target: nn.Module | PreTrainedConfig, **changes: Any) -> AATConfig:
@@ -35,19 +38,24 @@ def configure(target: nn.Module | PreTrainedConfig, **changes: Any) -> AATConfig
 
 
 def settings_of(config: Any, layer_idx: int | None = None) -> AATConfig:
-    """The settings in force for one layer: `config.aat`, then its layer override, then the environment."""
+    """The settings in force for one layer: `config.aat`, then its layer override, then the environment.
+
+    Environment variables are those the process had at its first call.
+    """
     stored = getattr(config, "aat", None) or {}
-    return _settings(json.dumps(stored, sort_keys=True), layer_idx, _environment())
+    return _settings(json.dumps(stored, sort_keys=True), layer_idx, environment())
 
 
 @lru_cache(maxsize=4096)
-def _settings(stored: str, layer_idx: int | None, environment: tuple[tuple[str, str], ...]) -> AATConfig:
+def _settings(stored: str, layer_idx: int | None, overrides: tuple[tuple[str, str], ...]) -> AATConfig:
     settings = AATConfig.from_dict(json.loads(stored)).for_layer(layer_idx)
-    return settings.with_environment() if environment else settings
+    return settings.with_environment() if overrides else settings
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
-    return tuple((name, value) for name, value in os.environ.items() if name.startswith("AAT_"))
+@lru_cache(maxsize=1)
+def environment() -> tuple[tuple[str, str], ...]:
+    """The overrides of this process, read once: a look at the environment costs as much as a short call."""
+    return tuple((name, value) for name, value in os.environ.items() if name in _VARIABLES)
 
 
 def _configs(target: nn.Module | PreTrainedConfig) -> Iterator[PreTrainedConfig]:

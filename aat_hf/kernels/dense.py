@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,10 +70,11 @@ def dense_attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
-    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     kind = interval_kind(mask)
     if kind is not None:
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=kind == "causal", scale=scale)
+        return grouped_sdpa(q, k, v, None, scale, dropout, is_causal=kind == "causal")
+    if q.shape[2] > 1:  # once, not for every piece of rows
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     rows = torch.arange(q.shape[2], device=q.device)
     step = max(1, _CHUNK_ELEMENTS // (mask.batch * mask.heads * k.shape[2]))
     parts = []
@@ -82,16 +83,40 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dr
         high = max(high, low + 1)
         allowed = mask.rows(part)[..., low:high]
         alive = allowed.any(-1, keepdim=True)
-        out = scaled_dot_product_attention(
-            q[:, :, part],
-            k[:, :, low:high],
-            v[:, :, low:high],
-            attn_mask=allowed | ~alive,
-            dropout_p=dropout,
-            scale=scale,
-        )
+        seen = k[:, :, low:high], v[:, :, low:high]
+        out = grouped_sdpa(q[:, :, part], *seen, allowed | ~alive, scale, dropout)
         parts.append(torch.where(alive, out, torch.zeros((), dtype=out.dtype, device=out.device)))
     return torch.cat(parts, 2)
+
+
+def grouped_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, dropout: float, is_causal: bool = False
+) -> Tensor:
+    """PyTorch's SDPA when k and v may have fewer heads than q; keys are repeated only where it needs that.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim); v: (batch, kv_heads, keys, value_dim).
+        attn_mask: bool or additive (batch or 1, heads or 1, queries, keys).
+    """
+    how: dict[str, Any] = {"dropout_p": dropout, "is_causal": is_causal, "scale": scale}
+    batch, heads, queries, _ = q.shape
+    if heads == k.shape[1]:
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **how)
+    if queries == 1:  # a decoding step: the heads that share keys become rows
+        if attn_mask is not None and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(attn_mask.shape[0], k.shape[1], -1, k.shape[2])
+        rows = q.reshape(batch, k.shape[1], -1, q.shape[3])
+        how["is_causal"] = False  # one query sees all
+        return scaled_dot_product_attention(rows, k, v, attn_mask=attn_mask, **how).reshape(batch, heads, 1, -1)
+    if attn_mask is None and q.shape[3] == v.shape[3] <= 256:  # what its fused kernels take
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+    return scaled_dot_product_attention(q, _repeat(k, heads), _repeat(v, heads), attn_mask=attn_mask, **how)
+
+
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Output of `weights` (batch, heads, queries, keys) that lie on its gradient path; v (batch, kv_heads, keys, …)."""
+    return weights @ _repeat(v, weights.shape[1])
 
 
 def interval_kind(mask: AttentionMask) -> str | None:
@@ -132,7 +157,7 @@ def _eager_rows(
     if extras.dropout:
         weights = drop(weights, extras.dropout)
     if extras.dropout or (need_weights and dtype != q.dtype):  # weights handed out are those the output comes from
-        output = weights @ _repeat(v, q.shape[1])
+        output = weighted_values(weights, v)
     return output.to(v.dtype), lse, weights
 
 

@@ -112,6 +112,9 @@ class _Listener:
     def add(self, module: torch.nn.Module, result: Any, *_: Any, **__: Any) -> None:
         self.calls[result.path] += 1
 
+    def inspect(self, module: torch.nn.Module, *_: Any) -> None:
+        pass
+
 
 def _forbidden(module: torch.nn.Module, *_: Any, **__: Any) -> None:
     raise AssertionError(f"{type(module).__name__} ran sdpa in a test of aat")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
 
-from aat_hf.vulkan.guard import BARE, PACKAGES
+from aat_hf.vulkan.guard import PACKAGES
 from aat_hf.vulkan.interface import DeviceInfo, Provider
 from aat_hf.vulkan.probe import probe
 from aat_hf.vulkan.provider import installed, make
@@ -21,18 +19,6 @@ def absent(reason: str) -> NoReturn:
     if os.environ.get("AAT_REQUIRE_VULKAN"):
         pytest.fail(f"AAT_REQUIRE_VULKAN is set, but {reason}")
     pytest.skip(reason)
-
-
-def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code that may crash."""
-    return subprocess.run(
-        [sys.executable, "-c", BARE + code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import process
+from bare_process import process
 
 from aat_hf.vulkan import loader, probe
 from aat_hf.vulkan.errors import VulkanUnavailableError

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import process
+from bare_process import process
 
 from aat_hf.vulkan.errors import VulkanError, VulkanLimitError
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider, float_bits

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import process
+from bare_process import process
 
 from aat_hf.vulkan import guard, provider
 from aat_hf.vulkan.errors import VulkanUnavailableError
