@@ -35,7 +35,7 @@ class AATCallback(MetricsCallback, ExportableState):
     - ms_<stage> of the attention of one forward pass; tokens_per_second; peak_memory_mib of the process on its device
     - entropy (nats) and effective_rank of the heads, if asked for
     - layer<i>_density and layer<i>_infidelity, every `layer_steps` steps
-    - vulkan_<name>: what `aat_hf.vulkan.training_metrics()` returns, where that is loaded
+    - vulkan_<name>: pool and cache rates (`aat_hf.vulkan.workspace.rates`), where Vulkan computes
 
     Attention is measured in one micro-batch of a sampled step, and in the first batch of an evaluation.
 
@@ -267,6 +267,6 @@ def peak_memory_mib() -> float:
 
 
 def _vulkan_metrics() -> dict[str, float]:
-    """Pool and cache rates of the Vulkan backend, if it is loaded and offers them."""
-    offered = getattr(sys.modules.get("aat_hf.vulkan"), "training_metrics", None)
-    return {} if offered is None else {f"vulkan_{name}": float(value) for name, value in offered().items()}
+    """Pool and cache rates of the Vulkan backend, if it is in use."""
+    workspace = sys.modules.get("aat_hf.vulkan.workspace")
+    return {} if workspace is None else {f"vulkan_{name}": value for name, value in workspace.rates().items()}

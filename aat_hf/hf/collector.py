@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from aat_hf.kernels import router
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.quantum.entropy import head_entropy
 from aat_hf.report import stages
+from aat_hf.tiling.audit import Z95
 from aat_hf.tiling.layout import random_rows
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.tile_map import COARSE, EXACT
 
 OBSERVABLES = ("entropy", "effective_rank")
 _PATHS = ("tiled", "skip", "dense")
-_Z95 = NormalDist().inv_cdf(0.975)
 _ROWS = 32  # rows whose weights are computed for an observable
 
 
@@ -57,7 +56,7 @@ class LayerSums:
         result = []
         for rows, total, squares in zip(*columns, strict=True):
             variance = max(0.0, squares - total * total / rows) / (rows - 1)  # rounding may leave it below 0
-            result.append((total / rows, _Z95 * math.sqrt(variance / rows)))
+            result.append((total / rows, Z95 * math.sqrt(variance / rows)))
         return result
 
 

@@ -72,7 +72,6 @@ def _expect(module: nn.Module, config: AATConfig, length: int) -> tuple[str, str
     dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
     if module.training and isinstance(dropout, float) and dropout > 0:
         return "dense", f"dropout is {dropout} while training"
-    return (
-        config.mode,
-        f"tolerance {config.tolerance}, selector {config.selector!r}; decoding single tokens is exact",
-    )
+    space = "" if config.geometry == "euclidean" else f", {config.geometry} geometry"
+    reason = f"tolerance {config.tolerance}, selector {config.selector!r}{space}; decoding single tokens is exact"
+    return config.mode, reason

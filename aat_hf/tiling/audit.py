@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aat_hf.quantum.fidelity import kept_infidelity
 
-_Z95 = 1.959964  # 97.5 % quantile of the normal distribution
+Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def half_width(infidelity: Tensor) -> Tensor:
     """
     count = (~infidelity.isnan()).sum(-1)
     squares = (infidelity - infidelity.nanmean(-1, keepdim=True)).square().nansum(-1)
-    width = _Z95 * (squares / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
+    width = Z95 * (squares / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
     return torch.where(count > 1, width, torch.nan)
 
 

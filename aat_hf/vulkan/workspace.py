@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from aat_hf.vulkan import lowering
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider
 
-_pools: WeakKeyDictionary[Provider, BufferPool] = WeakKeyDictionary()
+_pools: dict[Provider, BufferPool] = {}  # a pool keeps its provider
 _lock = threading.Lock()
 
 
@@ -23,6 +22,21 @@ def pool_of(provider: Provider) -> BufferPool:
     """The pool that all operations of a provider share."""
     with _lock:
         return _pools.setdefault(provider, BufferPool(provider))
+
+
+def rates() -> dict[str, float]:
+    """Hit rates, fragmentation and memory of the device last opened, since the start; empty before it computed."""
+    if not _pools:
+        return {}
+    provider, pool = next(reversed(_pools.items()))
+    return {
+        "pool_hit_rate": pool.statistics.hit_rate,
+        "pool_internal_fragmentation": pool.statistics.internal_fragmentation,
+        "pool_external_fragmentation": pool.statistics.external_fragmentation,
+        "pool_high_water_mib": pool.statistics.high_water / 2**20,
+        "pipeline_hit_rate": provider.pipelines.hit_rate,
+        "pipeline_miss_ms": 1e3 * provider.pipelines.mean_miss_seconds,
+    }
 
 
 class Workspace:

@@ -251,9 +251,9 @@ def test_a_head_that_keeps_missing_its_tolerance_is_named(tmp_path, caplog):
 
 
 def test_vulkan_reports_where_it_is_loaded(tmp_path, monkeypatch):
-    vulkan = ModuleType("aat_hf.vulkan")
-    vulkan.training_metrics = lambda: {"pool_hit_rate": 0.75}
-    monkeypatch.setitem(sys.modules, "aat_hf.vulkan", vulkan)
+    workspace = ModuleType("aat_hf.vulkan.workspace")
+    workspace.rates = lambda: {"pool_hit_rate": 0.75}
+    monkeypatch.setitem(sys.modules, "aat_hf.vulkan.workspace", workspace)
     trained = trainer(language_model(), arguments(tmp_path, max_steps=2), [AATCallback()])
     trained.train()
     assert logged(trained)[0]["aat_vulkan_pool_hit_rate"] == 0.75

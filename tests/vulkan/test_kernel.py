@@ -23,7 +23,7 @@ from aat_hf.vulkan import shapes as workgroups
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError
 from aat_hf.vulkan.shapes import Shape
-from aat_hf.vulkan.workspace import pool_of
+from aat_hf.vulkan.workspace import pool_of, rates
 
 # Each binding with one kind of memory, and with that the workgroup shapes of software drivers and of GPUs.
 PROVIDERS = pytest.mark.parametrize(
@@ -294,3 +294,10 @@ def test_a_training_step_has_the_same_gradients():
         grads.append([parameter.grad for parameter in model.parameters()])
     for mine, theirs in zip(*grads, strict=True):
         assert distance(mine, theirs.double()) < 1e-5
+
+
+def test_rates_of_the_device_in_use(provider):
+    pool_of(provider)
+    found = rates()
+    assert 0 <= found["pool_hit_rate"] <= 1 and 0 <= found["pipeline_hit_rate"] <= 1
+    assert found["pool_high_water_mib"] >= 0 and 0 <= found["pool_external_fragmentation"] < 1
