@@ -171,9 +171,10 @@ def _backends() -> list[Finding]:
     found = [Finding(group, "torch", OK, "gather and scaled_dot_product_attention, any device"), *_vulkan_bindings()]
     if find_spec("numba") is None:
         return [*found, Finding(group, "cpu", MISSING, "numba is missing", "pip install numba")]
-    from aat_hf.kernels import router, simd
+    from aat_hf.kernels import router
+    from aat_hf.kernels.simd_emit import LANES
 
-    found.append(Finding(group, "cpu", OK, f"compiled kernels, vectors of {simd.LANES} floats"))
+    found.append(Finding(group, "cpu", OK, f"compiled kernels, vectors of {LANES} floats"))
     if router.measured():
         return [*found, Finding(group, "router", OK, f"costs of this machine in {router.profile_path()}")]
     return [*found, Finding(group, "router", OPTIONAL, "default costs, this machine was not measured", "aat calibrate")]

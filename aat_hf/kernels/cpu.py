@@ -16,7 +16,7 @@ from torch import Tensor
 from aat_hf.kernels import cpu_backward, cpu_forward
 from aat_hf.kernels.cpu_matrices import KEYS, Grid, Matrix, Rule, padded
 from aat_hf.kernels.cpu_threads import run
-from aat_hf.kernels.simd import PANEL
+from aat_hf.kernels.simd_emit import PANEL
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.tile_map import EXACT, TileMap
 

@@ -29,7 +29,7 @@ from aat_hf.kernels.cpu_matrices import (
     seen_keys,
     store,
 )
-from aat_hf.kernels.simd import LOWEST, PANEL
+from aat_hf.kernels.simd_emit import LOWEST, PANEL
 
 QUERIES = 64  # fewer than forward: P and dS of all of them are held too
 LOG2E = np.float32(1 / math.log(2))

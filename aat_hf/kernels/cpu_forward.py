@@ -28,7 +28,7 @@ from aat_hf.kernels.cpu_matrices import (
     seen_keys,
     store,
 )
-from aat_hf.kernels.simd import LOWEST, MASKED, PANEL
+from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
 
 QUERIES = 128  # queries whose Q^T and O^T are held at once
 _SLACK = np.float32(1.0001)  # outweighs the rounding of the certificate

@@ -16,15 +16,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from aat_hf.kernels import simd
-from aat_hf.kernels.simd import PANEL
+from aat_hf.kernels.simd_emit import LANES, PANEL
 
 KEYS = 64  # keys whose scores are held at once
 Floats: TypeAlias = NDArray[np.float32]
 Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
 jit = njit(nogil=True, boundscheck=False, error_model="numpy")
-_SHARED = ("simd.py", "simd_moments.py", "cpu_matrices.py")  # numba's cache looks at a loop's own file only
+# numba's cache looks at a loop's own file only
+_SHARED = ("simd.py", "simd_emit.py", "simd_moments.py", "cpu_matrices.py", "cpu_row_tiles.py")
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
 
 
@@ -32,7 +32,7 @@ def entry(function: Any) -> Any:
     """Compile a loop that is called from Python, and cache the result on disk where numba finds a place."""
     options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     # The cache's file is named after this, so that a change of what all loops share counts.
-    function.__qualname__ = f"{function.__name__}_{simd.LANES}_{_CODE[:16]}"
+    function.__qualname__ = f"{function.__name__}_{LANES}_{_CODE[:16]}"
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError as error:

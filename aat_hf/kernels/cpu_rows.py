@@ -10,8 +10,9 @@ from torch import Tensor
 
 from aat_hf.kernels import cpu_row_loops as loops
 from aat_hf.kernels.cpu import as_matrix, as_rule
+from aat_hf.kernels.cpu_row_tiles import Rows, Summary
 from aat_hf.kernels.cpu_threads import run
-from aat_hf.kernels.simd import PANEL
+from aat_hf.kernels.simd_emit import PANEL
 from aat_hf.tiling.masks import IntervalMask
 from aat_hf.tiling.moments import Moments
 
@@ -60,13 +61,13 @@ def measure_rows(
         valid = torch.nn.functional.pad(mask.key_valid.long().cumsum(-1), (1, 0)).numpy()
     logits = np.empty(0, np.float32) if sinks is None else (sinks.float() / math.log(2)).numpy()
     edges = _whole(mask.first), _whole(mask.last), valid
-    see = loops.Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile)
-    summary = loops.Summary(_EMPTY, _EMPTY, _EMPTY[0:0].reshape(-1), _EMPTY[0:0].reshape(-1), 0,
+    see = Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile)
+    summary = Summary(_EMPTY, _EMPTY, _EMPTY[0:0].reshape(-1), _EMPTY[0:0].reshape(-1), 0,
                             np.empty((0, 0), np.int64), 0, 0, np.float32(softcap or 0))  # fmt: skip
     if moments is not None:
         assert near is not None
         size = moments.count.flatten().float()
-        summary = loops.Summary(
+        summary = Summary(
             moments.mean.reshape(-1, q.shape[3]).numpy(),
             moments.variance.reshape(-1, q.shape[3]).numpy(),
             (2 * size.clamp(min=1).log()).sqrt().numpy(),

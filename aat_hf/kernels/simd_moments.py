@@ -7,20 +7,20 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]  # llvmlite has no annotations
 from numba.core import cgutils
 
-from aat_hf.kernels.simd import _I64, _VF, LANES, PANEL, _Emit, _kernel
+from aat_hf.kernels.simd_emit import I64, LANES, PANEL, VF, Emit, kernel
 
 
 def _cumulants(capped: bool) -> Any:
     def emit(
-        e: _Emit, first: Any, second: Any, groups: Any, critical: Any, log_size: Any, top: Any, *factors: Any
+        e: Emit, first: Any, second: Any, groups: Any, critical: Any, log_size: Any, top: Any, *factors: Any
     ) -> None:
         linear, spread, inner, outer = (e.splat(factor) for factor in factors)
         half, zero = e.constant(0.5), e.constant(0.0)
-        kind = ir.FunctionType(_VF, [_VF])
+        kind = ir.FunctionType(VF, [VF])
         root = cgutils.get_or_insert_function(e.b.module, kind, f"llvm.sqrt.v{LANES}f32")
 
         def step(g: Any, highest: list[Any]) -> list[Any]:
-            offset = e.b.mul(g, _I64(PANEL))
+            offset = e.b.mul(g, I64(PANEL))
             row, variance = e.address(first, offset), e.address(second, offset)
             beyond, size = e.scalar(e.address(critical, g)), e.scalar(e.address(log_size, g))
             values = []
@@ -37,7 +37,7 @@ def _cumulants(capped: bool) -> Any:
 
         e.store_panel(e.loop(groups, e.panel(top), step), top)
 
-    return _kernel("iiiiiiffff", emit)
+    return kernel("iiiiiiffff", emit)
 
 
 # (first, second, groups, critical, log_size, top, linear, spread, inner, outer): with x = sqrt(second) and c = critical

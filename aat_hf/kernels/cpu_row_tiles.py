@@ -1,0 +1,194 @@
+"""One panel of query rows against key tiles, exact or predicted, compiled by numba: base-2 log masses of the tiles.
+
+`PANEL` rows of one head sit in vector lanes, see `cpu_matrices`. Each key tile has as many slots as it has summaries,
+each a panel of log masses: a predicted tile fills them all, an exact one puts its maximum into the first and keeps
+its total as a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aat_hf.kernels import simd
+from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, jit, load
+from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
+from aat_hf.kernels.simd_moments import cumulants, cumulants_capped
+
+
+class Rows(NamedTuple):
+    """Which rows see which keys.
+
+    Attributes:
+        rows: (R,) int64, query rows, ascending.
+        together: so many of them share a row of the result, their mean; divides `PANEL` or is a multiple of it.
+        sinks: (heads,) float32, base-2 logit of one more key of each row that no tile holds; (0,) for none.
+        first, last: (batch or 1, queries) int64, row i sees first[i] <= j < last[i].
+        valid: (batch or 1, keys + 1) int64, number of valid keys before each; (0, 0) when all are.
+        heads, kv_heads: of q and k.
+        queries, keys, key_tile: lengths.
+    """
+
+    rows: NDArray[np.int64]
+    together: int
+    sinks: NDArray[np.float32]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    key_tile: int
+
+
+class Summary(NamedTuple):
+    """Moments of groups of keys, for prediction.
+
+    Attributes:
+        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32.
+        critical, log_size: (key_tiles * groups,) float32: sqrt(2 ln n) and log2 n of each group.
+        groups: of a tile; 0: nothing is predicted, every tile is exact.
+        near: (batch or 1, queries) int64, first tile of each row's local band; `width` tiles are exact from there.
+        sink: so many first tiles are exact.
+        natural: factor of the squared scale * q, so that variances give natural scores.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    critical: NDArray[np.float32]
+    log_size: NDArray[np.float32]
+    groups: int
+    near: NDArray[np.int64]
+    width: int
+    sink: int
+    softcap: np.float32
+
+
+class Slots(NamedTuple):
+    """What one thread knows of its panel's tiles.
+
+    Attributes:
+        mass: (tiles * groups * PANEL,) base-2 log masses, later masses relative to the row's largest.
+        weight: (tiles * PANEL,) factor of a tile's mass, where `weighted`.
+        weighted: (tiles,) uint8.
+        scores, spreads, scratch: of `KEYS` keys or groups.
+        state: (4, PANEL): maximum, total, and two to spare.
+        allowed: (KEYS * PANEL,) uint8, the mask of a block of keys.
+        first, last: (PANEL,) int64, each row sees the keys first <= j < last.
+    """
+
+    mass: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    weighted: NDArray[np.uint8]
+    scores: NDArray[np.float32]
+    spreads: NDArray[np.float32]
+    scratch: NDArray[np.float32]
+    state: NDArray[np.float32]
+    allowed: NDArray[np.uint8]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+
+@jit
+def address(x: NDArray[np.float32], row: int) -> int:
+    """Address of panel number `row`."""
+    return x.ctypes.data + row * PANEL * 4
+
+
+@jit
+def exact_tiles(
+    k: Matrix, k_first: int, see: Rows, batch: int, tile: int, count: int, groups: int, whole: bool, rule: Rule,
+    q_at: int, slots: Slots, dim: int,
+) -> None:  # fmt: skip
+    """Maximum and total of `count` tiles' exact scores: one tile, or several with `KEYS` keys at most together."""
+    here, unused = address(slots.state, 2), address(slots.state, 3)
+    end = min((tile + count) * see.key_tile, see.keys)
+    slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = MASKED
+    for t in range(tile, tile + count):
+        slots.mass[t * groups * PANEL : (t * groups + 1) * PANEL] = LOWEST
+    slots.weight[tile * PANEL : (tile + count) * PANEL] = 0
+    slots.weighted[tile : tile + count] = 1
+    for key in range(tile * see.key_tile, end, KEYS):
+        keys = min(KEYS, end - key)
+        k_at = load(k, k_first + key, keys, slots.scratch).ctypes.data
+        slots.state[2] = slots.mass[tile * groups * PANEL : (tile * groups + 1) * PANEL]
+        if whole and not rule.capped:
+            simd.scores_top(k_at, dim, keys, q_at, PANEL, slots.scores.ctypes.data, PANEL, dim, here)
+        else:
+            simd.scores(k_at, dim, keys, q_at, PANEL, slots.scores.ctypes.data, PANEL, dim, 0)
+            if rule.capped:
+                simd.cap_scores(slots.scores.ctypes.data, keys, here if whole else unused, rule.inner, rule.outer)
+            if not whole:
+                _allow(see, batch, key, keys, slots)
+                allowed = slots.allowed.ctypes.data
+                simd.mask_panel(slots.scores.ctypes.data, PANEL, keys, allowed, PANEL, here, MASKED)
+        for t in range(count):
+            at = t * see.key_tile
+            rows = keys if count == 1 else min(see.key_tile, keys - at)
+            top, total = address(slots.mass, (tile + t) * groups), address(slots.weight, tile + t)
+            simd.soften(address(slots.scores, at), rows, top, here, total, unused)
+
+
+@jit
+def _allow(see: Rows, batch: int, key: int, keys: int, slots: Slots) -> None:
+    """Which of the `keys` keys from `key` on each row sees."""
+    valid = see.valid[min(batch, see.valid.shape[0] - 1)] if see.valid.size else see.valid.reshape(-1)
+    for j in range(keys):
+        exists = valid.size == 0 or valid[key + j + 1] > valid[key + j]
+        for i in range(PANEL):
+            slots.allowed[j * PANEL + i] = exists and slots.first[i] <= key + j < slots.last[i]
+
+
+@jit
+def predict_tiles(
+    summary: Summary, base: int, tile: int, count: int, rule: Rule, q_at: int, square_at: int, slots: Slots, dim: int
+) -> None:
+    """Base-2 log masses of every summary of `count` tiles; `base` is the head's first summary."""
+    one, log2e = np.float32(1), np.float32(1 / math.log(2))
+    unused, spreads = address(slots.state, 3), slots.spreads.ctypes.data
+    slots.weighted[tile : tile + count] = 0
+    for place in range(tile * summary.groups, (tile + count) * summary.groups, KEYS):
+        groups = min(KEYS, (tile + count) * summary.groups - place)
+        at = address(slots.mass, place)
+        mean, variance = summary.mean[base + place :].ctypes.data, summary.variance[base + place :].ctypes.data
+        simd.scores(mean, dim, groups, q_at, PANEL, at, PANEL, dim, 0)
+        simd.scores(variance, dim, groups, square_at, PANEL, spreads, PANEL, dim, 0)
+        critical, size = summary.critical[place:].ctypes.data, summary.log_size[place:].ctypes.data
+        if rule.capped:
+            inner, outer = one / summary.softcap, summary.softcap * log2e
+            cumulants_capped(at, spreads, groups, critical, size, unused, rule.scale, one, inner, outer)
+        else:
+            cumulants(at, spreads, groups, critical, size, unused, one, log2e, one, one)
+
+
+@jit
+def weigh_cut_tile(see: Rows, batch: int, tile: int, groups: int, slots: Slots) -> None:
+    """Weigh a predicted tile by the share of its keys that each row sees."""
+    begin, end = tile * see.key_tile, min(tile * see.key_tile + see.key_tile, see.keys)
+    slots.weighted[tile] = 1
+    for i in range(PANEL):
+        low, high = max(slots.first[i], begin), min(slots.last[i], end)
+        seen = max(high - low, 0)
+        if see.valid.size and seen:
+            before = see.valid[min(batch, see.valid.shape[0] - 1)]
+            seen = before[high] - before[low]
+        slots.weight[tile * PANEL + i] = np.float32(seen / (end - begin))
+        if seen == 0:
+            for g in range(groups):
+                slots.mass[(tile * groups + g) * PANEL + i] = LOWEST
+
+
+@jit
+def sees_all(see: Rows, batch: int, tile: int, inside: tuple[int, int]) -> bool:
+    """Whether every row of the panel sees every key of the tile; all see the keys inside[0] <= j < inside[1]."""
+    begin, end = tile * see.key_tile, min(tile * see.key_tile + see.key_tile, see.keys)
+    if begin < inside[0] or end > inside[1]:
+        return False
+    if see.valid.size == 0:
+        return True
+    before = see.valid[min(batch, see.valid.shape[0] - 1)]
+    return bool(before[end] - before[begin] == end - begin)
