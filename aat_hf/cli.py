@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with its subcommands."""
     from aat_hf.demo import add_arguments
     from aat_hf.evaluation import command
+    from aat_hf.publish import command as publish_command
 
     parser = argparse.ArgumentParser(prog="aat", description="Adaptive attention tiling.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--rounds", type=int, default=3)
     evaluate = commands.add_parser("eval", help="what a tolerance costs: predictions and long-context tasks")
     command.add_arguments(evaluate)
+    publish = commands.add_parser("publish", help="a Hub repository from a trained model, its card measured")
+    publish_command.add_arguments(publish)
     bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
     bench.add_argument("name", nargs="?", help="which one; without it they are listed")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
@@ -68,6 +71,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from aat_hf.evaluation import command
 
         return command.run(args)
+    if args.command == "publish":
+        from aat_hf.publish import command as publish_command
+
+        return publish_command.run(args)
     return _bench(args.name, args.rest)
 
 
@@ -91,10 +98,11 @@ def _errors_for_the_user() -> tuple[type[Exception], ...]:
     from aat_hf.data import DatasetUnavailableError, ModelUnavailableError, TextUnavailableError
     from aat_hf.data.sources import MissingLibraryError
     from aat_hf.errors import UnsupportedAttentionError
+    from aat_hf.publish.errors import PublishError
     from aat_hf.vulkan.errors import VulkanError
 
     unavailable = ModelUnavailableError, TextUnavailableError, DatasetUnavailableError, MissingLibraryError
-    return *unavailable, UnsupportedAttentionError, ComparisonError, VulkanError
+    return *unavailable, UnsupportedAttentionError, ComparisonError, PublishError, VulkanError
 
 
 if __name__ == "__main__":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tiny_model import save_tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = [
+    "--tokens=320", "--steps=4", "--layers=1", "--width=32", "--heads=2", "--vocabulary=300", "--held-out-rows=2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,15 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in settings.items():
         monkeypatch.setenv(f"AAT_{name}", str(value))
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a tiny training on a text of this machine, where the scripts' shared module is found."""
+    pytest.importorskip("accelerate")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    (tmp_path / "text.txt").write_text("".join(f"Line {number} has {number**2} letters.\n" for number in range(800)))
+    return [*TINY, "--text", str(tmp_path / "text.txt")]
 
 
 def run(name: str, *arguments: str) -> None:
@@ -91,6 +106,76 @@ def test_generation_streams_with_its_metrics(model: str, capsys: pytest.CaptureF
     assert "milliseconds of attention: " in shown.out
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", ["finetune_gpt2.py", "finetune_bert.py"])
+def test_finetuning_says_what_it_measured(name: str, training: list[str], capsys: pytest.CaptureFixture[str]):
+    run(name, *training, "--tolerance", "0.5", "--compare")
+    shown = capsys.readouterr().out
+    first, last, held_out, milliseconds = numbers(shown, "aat ")
+    twin = numbers(shown, "dense ")
+    assert "2 held out" in shown and last < first and min(milliseconds, twin[3]) > 0
+    assert twin[:3] == pytest.approx([first, last, held_out], rel=0.02)
+    assert numbers(shown, "density")[0] < 1 and 0 < numbers(shown, "infidelity")[0] < 0.5
+    assert "100% tiled" in shown
+
+
+@pytest.mark.parametrize("name", ["finetune_gpt2.py", "finetune_bert.py"])
+def test_finetuning_without_tolerance_equals_its_twin(
+    name: str, training: list[str], capsys: pytest.CaptureFixture[str]
+):
+    run(name, *training, "--tolerance", "0", "--compare")
+    shown = capsys.readouterr().out
+    assert numbers(shown, "aat ")[:3] == pytest.approx(numbers(shown, "dense ")[:3], abs=1.5e-4)
+    assert "nothing was tiled" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "kind", "more"),
+    [
+        ("finetune_gpt2.py", "AutoModelForCausalLM", "AATGPT2LMHeadModel", []),
+        ("finetune_bert.py", "AutoModelForMaskedLM", "AATBertForMaskedLM", ["--evaluate", "0.5"]),
+    ],
+)
+def test_finetuning_goes_on_from_what_it_wrote(
+    name: str, auto: str, kind: str, more: list[str], training: list[str], tmp_path: Path, capsys: Any
+):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    run(name, *training, "--output", first, "--learning-rate", "0.01", *more)
+    losses = numbers(capsys.readouterr().out, "aat ")
+    run(name, *training, "--model", first, "--output", second, "--compare")
+    assert numbers(capsys.readouterr().out, "aat ")[0] < losses[0] - 0.1
+    model = getattr(transformers, auto).from_pretrained(second)
+    assert type(model).__name__ == kind and model.config.use_cache
+    state = json.loads((tmp_path / "second" / "trainer_state.json").read_text())
+    assert any("aat_density" in entry for entry in state["log_history"])
+    assert (tmp_path / "second" / "dense" / "trainer_state.json").is_file()
+    if more:
+        with (tmp_path / "first" / "eval" / "masked.csv").open(newline="") as file:
+            dense, tiled = csv.DictReader(file)
+        assert [dense["attention"], tiled["attention"]] == ["dense", "aat 0.5"]
+        assert float(dense["density"]) == 1 > float(tiled["density"]) and 0 < float(tiled["lost"]) < 0.5
+        assert float(dense["loss"]) == pytest.approx(float(tiled["loss"]), rel=0.02)
+
+
+def test_finetuning_on_wikitext(training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for split, articles in (("train", 30), ("valid", 8)):
+        text = " words that follow it \n" * 30
+        lines = "".join(f"\n = Article {number} of {split} = \n\n{text}" for number in range(articles))
+        (tmp_path / f"wiki.{split}.raw").write_text(lines)
+    output = tmp_path / "output"
+    run("finetune_gpt2.py", *training, "--text", "wikitext-2-raw-v1", "--path", str(tmp_path), "--output", str(output))
+    assert "wikitext-2-raw-v1: " in capsys.readouterr().out
+    held_out = (output / "held_out.txt").read_text("utf-8")
+    assert held_out.count("of valid") == 8 and "of train" not in held_out
+
+
+def test_finetuning_other_models_and_too_long_rows(model: str, training: list[str], tmp_path: Path, capsys: Any):
+    run("finetune_gpt2.py", *training, "--model", model, "--steps", "2")
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    run("finetune_gpt2.py", *training, "--output", str(tmp_path / "short"))
+    with pytest.raises(SystemExit, match="short has 320 positions: give at most as many --tokens"):
+        run("finetune_gpt2.py", *training, "--model", str(tmp_path / "short"), "--tokens", "400")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("[!_]*.py")), ids=lambda path: path.name)
 def test_headers_give_the_command(path: Path):
     assert f"python examples/{path.name}" in path.read_text("utf-8").split('"""')[1]

@@ -1,0 +1,262 @@
+"""What the fine-tuning examples share: texts, a tokenizer trained on them, a Trainer run with its twin, numbers."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import aat_hf
+from aat_hf.data import austen, encode_dataset, load_wikitext, read_text, stdlib_source
+from aat_hf.data.wikitext import NAMES
+
+LICENCES = {  # what the texts are, with their licences
+    "code": "source of Python's standard library (PSF-2.0)",
+    "prose": "five novels by Jane Austen (public domain)",
+    **{name: f"{name}, articles of Wikipedia (CC BY-SA 3.0)" for name in NAMES},
+}
+NOVELS = ("Emma", "Mansfield Park", "Northanger Abbey", "Pride and Prejudice", "Sense and Sensibility")
+HELD_OUT_NOVEL = "Persuasion"
+HELD_OUT_SHARE = 0.1  # of a text that has no validation split of its own
+CODE_CHARACTERS = 2_500_000  # of the standard library; every Python has more
+TOKENIZER_DOCUMENTS = 2000
+SPECIAL = {
+    "eos_token": "<end>",
+    "pad_token": "<pad>",
+    "cls_token": "<cls>",
+    "sep_token": "<sep>",
+    "mask_token": "<mask>",
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents to train on, and others that training never sees."""
+
+    train: Dataset
+    held_out: Dataset
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run measured.
+
+    Attributes:
+        trainer: With the trained model; the numbers are in its `state.log_history` as well.
+        first, last: Training loss at the first and the last log, nats per token.
+        held_out: Loss on the held-out rows, nats per token.
+        step_ms: Median time of a step.
+    """
+
+    trainer: tf.Trainer
+    first: float
+    last: float
+    held_out: float
+    step_ms: float
+
+    def logged(self, name: str) -> float | None:
+        """The last value of a metric in the log."""
+        return next((entry[name] for entry in reversed(self.trainer.state.log_history) if name in entry), None)
+
+
+class StepTimes(tf.TrainerCallback):
+    """Seconds of every training step, waiting for the accelerator if there is one."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        _synchronize()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        _synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that the examples share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint to go on from (a small new model)")
+    parser.add_argument("--text", default="code", help=f"{', '.join(LICENCES)} or a UTF-8 file (code)")
+    parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a row (4096)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
+    parser.add_argument("--batch", type=int, default=1, help="rows in a step (1)")
+    parser.add_argument("--learning-rate", type=float, help="highest one (1e-3; from a checkpoint 5e-5)")
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--held-out-rows", type=int, default=4, help="rows in the evaluation (4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="also train the dense twin from the same seed")
+    parser.add_argument("--output", type=Path, help="folder for the model, its tokenizer and its log")
+    sizes = parser.add_argument_group("size of a new model")
+    sizes.add_argument("--layers", type=int, default=2)
+    sizes.add_argument("--width", type=int, default=128)
+    sizes.add_argument("--heads", type=int, default=2)
+    sizes.add_argument("--vocabulary", type=int, default=2048)
+    return parser
+
+
+def read_texts(name: str, path: Path | None = None) -> Texts:
+    """The documents that `--text` names; a file's and the standard library's last tenth is held out."""
+    if name in NAMES:
+        return Texts(*(load_wikitext(name, split, path=path) for split in ("train", "validation")))
+    if name == "prose":
+        return Texts(_dataset(map(austen, NOVELS)), _dataset([austen(HELD_OUT_NOVEL)]))
+    text = stdlib_source(CODE_CHARACTERS) if name == "code" else read_text(name)
+    cut = round(len(text) * (1 - HELD_OUT_SHARE))
+    return Texts(_dataset([text[:cut]]), _dataset([text[cut:]]))
+
+
+def tokenizer_of(args: argparse.Namespace, texts: Texts) -> Any:
+    """The checkpoint's tokenizer, or byte-level BPE (arXiv:1909.03341) trained on the text."""
+    if args.model:
+        return tf.AutoTokenizer.from_pretrained(args.model)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = islice((row["text"] for row in texts.train), TOKENIZER_DOCUMENTS)
+    tokenizer.train_from_iterator(documents, trainer)
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=args.tokens, **SPECIAL)
+
+
+def rows_of(texts: Texts, tokenizer: Any, args: argparse.Namespace, *, pack: bool) -> Texts:
+    """Token rows of `--tokens`, `--held-out-rows` of them held out; packed for causal models, see `encode_dataset`."""
+    options: dict[str, Any] = {"length": args.tokens, "pack": pack} | ({"pad_tail": False} if pack else {})
+    train, held_out = (encode_dataset(one, tokenizer, **options) for one in (texts.train, texts.held_out))
+    return Texts(train, held_out.select(range(min(args.held_out_rows, len(held_out)))))
+
+
+def finetune(
+    args: argparse.Namespace, make: Callable[[str], Any], texts: Texts, tokenizer: Any, collator: Any, *, pack: bool
+) -> Outcome:
+    """Train with "aat", and the dense twin if asked for; print and write what was measured. The run with "aat".
+
+    Args:
+        args: Of `parser_of`.
+        make: Gives a model with the attention implementation it is called with.
+        texts: Documents.
+        tokenizer: Of the model.
+        collator: Makes batches.
+        pack: As of `rows_of`.
+    """
+    rows = rows_of(texts, tokenizer, args, pack=pack)
+    aat = train(args, make, "aat", rows, tokenizer, collator)
+    dense = train(args, make, "sdpa", rows, tokenizer, collator) if args.compare else None
+    show(args, aat, dense, rows)
+    if args.output is not None:
+        save(args, aat, dense, texts)
+    return aat
+
+
+def train(
+    args: argparse.Namespace, make: Callable[[str], Any], attention: str, rows: Texts, tokenizer: Any, collator: Any
+) -> Outcome:
+    """Train a model and evaluate it on the held-out rows.
+
+    `attention` is "aat", or "sdpa" for the dense twin: the same seed, the same rows in the same order.
+    """
+    tf.set_seed(args.seed)
+    model = make(attention)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", args.tokens)
+    if args.tokens > positions:
+        sys.exit(f"{args.model} has {positions} positions: give at most as many --tokens, not {args.tokens}")
+    aat_hf.configure(model, tolerance=args.tolerance)
+    times = StepTimes()
+    trainer = tf.Trainer(
+        model,
+        _arguments(args, attention),
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[times, *([aat_hf.AATCallback()] if attention == "aat" else [])],
+    )
+    trainer.train()
+    step_ms = 1e3 * statistics.median(times.seconds)
+    trainer.log({"step_ms": step_ms})
+    tf.set_seed(args.seed)  # a collator that draws masks draws the same ones for the twin
+    held_out = trainer.evaluate()["eval_loss"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Outcome(trainer, losses[0], losses[-1], held_out, step_ms)
+
+
+def save(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, texts: Texts) -> None:
+    """Write model, tokenizer, log and held-out text to `--output`, and the twin's log to its folder `dense`."""
+    aat.trainer.model.config.use_cache = True  # the Trainer turns it off
+    aat.trainer.save_model(args.output)
+    aat.trainer.state.save_to_json(args.output / "trainer_state.json")
+    if dense is not None:
+        (args.output / "dense").mkdir(exist_ok=True)
+        dense.trainer.state.save_to_json(args.output / "dense" / "trainer_state.json")
+    (args.output / "held_out.txt").write_text("\n".join(texts.held_out["text"]), "utf-8")
+    print(f"wrote        {args.output}")
+
+
+def show(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, rows: Texts) -> None:
+    """Print what was measured."""
+    model = aat.trainer.model
+    print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} million parameters, on {model.device}")
+    print(f"{args.text}: {len(rows.train)} rows of {args.tokens} tokens, {len(rows.held_out)} held out")
+    for name, one in (("aat", aat), ("dense", dense)):
+        if one is not None:
+            print(
+                f"{name:<12} loss {one.first:.4f} to {one.last:.4f}   held out {one.held_out:.4f}   "
+                f"{one.step_ms:.1f} ms per step (median of {args.steps})"
+            )
+    print(f"density      {aat.logged('aat_density'):.3f}, tolerance {args.tolerance:g}")
+    lost, half_width = aat.logged("aat_infidelity"), aat.logged("aat_infidelity_ci")
+    print("infidelity   0: nothing was tiled" if lost is None else f"infidelity   {lost:.4f} ± {half_width:.4f}")
+    tiled, faster = aat.logged("aat_tiled_calls"), aat.logged("aat_router_dense_calls")
+    print(f"calls        {tiled:.0%} tiled; {faster:.0%} exact because that is faster")
+
+
+def _arguments(args: argparse.Namespace, attention: str) -> tf.TrainingArguments:
+    accelerated = torch.accelerator.is_available()
+    folder = args.output or Path(tempfile.gettempdir(), "aat-finetuning")  # which the Trainer makes
+    return tf.TrainingArguments(
+        output_dir=str(folder if attention == "aat" else folder / "dense"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=1,
+        learning_rate=args.learning_rate or (5e-5 if args.model else 1e-3),
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 20,
+        bf16=accelerated,
+        dataloader_pin_memory=accelerated,
+        logging_steps=max(1, args.steps // 20),
+        save_strategy="no",
+        report_to=[],
+        seed=args.seed,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+def _dataset(documents: Iterable[str]) -> Dataset:
+    return Dataset.from_dict({"text": list(documents)})
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
