@@ -66,7 +66,7 @@ class AATConfig:
         ValueError: a field is unknown or out of range; the message names field, value and allowed range.
     """
 
-    tolerance: float = 0.02
+    tolerance: float = 0.05
     mode: str = "tiled"
     selector: str = "mix"
     query_tile: int = 64

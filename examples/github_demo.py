@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("sources", nargs="*", default=[str(Path(__file__).parents[1])], help="folders, or Hub datasets")
     parser.add_argument("--model", help="folder or name on the Hub (SmolLM2-135M-Instruct)")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a packed sequence (4096)")
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--any-license", action="store_true", help="keep files of every licence")
     args = parser.parse_args(argv)
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="UTF-8 file to go on from (the standard library's source)")
     parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (4096)")
     parser.add_argument("--new-tokens", type=int, default=64, help="how many to generate (64)")
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, default=0.05)
     args = parser.parse_args(argv)
 
     model, tokenizer = load_model(args.model, None)

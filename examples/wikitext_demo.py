@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name on the Hub (SmolLM2-135M-Instruct)")
     parser.add_argument("--tokens", type=int, default=4096, help="how much of the text is read (4096)")
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
     args = parser.parse_args(argv)
 

@@ -94,7 +94,7 @@ def test_demo_on_a_random_model(
     assert cli.main(["demo", "--tokens", "600", "--json", str(written)]) == 0
     shown = capsys.readouterr()
     assert "ends at 512 tokens" in shown.err
-    assert "KL(dense" in shown.out and "tolerance 0.02" in shown.out
+    assert "KL(dense" in shown.out and "tolerance 0.05" in shown.out
     found = json.loads(written.read_text())
     assert found["tokens"] == 512
     assert sum(found["paths"].values()) == 2
