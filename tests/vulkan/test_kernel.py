@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 
+import kernel_cases
 import pytest
 import torch
 from inputs import peaked
+from kernel_cases import CPU, MASKS, inputs, oracle, random_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import aat_hf
@@ -16,8 +18,8 @@ from aat_hf.kernels import vulkan as kernel
 from aat_hf.kernels.cpu import cpu_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.vulkan import vulkan_attention, vulkan_skip_attention
-from aat_hf.tiling.masks import FunctionMask, IntervalMask, TensorMask, causal_mask, full_mask
-from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+from aat_hf.tiling.masks import causal_mask, full_mask
+from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import profile
 from aat_hf.vulkan import shapes as workgroups
 from aat_hf.vulkan.buffers import BufferPool
@@ -30,9 +32,7 @@ PROVIDERS = pytest.mark.parametrize(
     ("binding", "provider"), [("kompute", "unified"), ("vulkan", "copies")], indirect=True
 )
 pytestmark = [pytest.mark.vulkan, PROVIDERS]
-CPU = torch.device("cpu")
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
-MASKS = ["full", "causal", "window", "left padding", "packed", "per head", "tensor"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,42 +41,8 @@ def on_provider(provider, monkeypatch):
     monkeypatch.setattr(kernel, "get_provider", lambda: provider)
 
 
-def inputs(batch, heads, kv_heads, queries, keys, dim, value_dim=None, dtype=torch.float32):
-    shapes = ((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim or dim))
-    return tuple(torch.randn(batch, *shape).to(dtype).requires_grad_() for shape in shapes)
-
-
-def random_map(mask, batch, heads, query_tile, key_tile, density=1.0):
-    """A random part of the tiles exact, some coarse (to be ignored), the others culled; the first column is kept."""
-    states = mask.tile_states(query_tile, key_tile)
-    shape = (batch, heads, *states.shape[2:])
-    levels = torch.where(torch.rand(shape) < density, EXACT, torch.where(torch.rand(shape) < 0.3, COARSE, 0))
-    levels[..., 0] = EXACT
-    return TileMap.from_dense(levels.to(torch.uint8), states, query_tile, key_tile)
-
-
 def masks(batch, heads, queries, keys):
-    ramp = torch.arange(queries)[None] + keys - queries
-    valid = torch.ones(batch, keys, dtype=torch.bool)
-    valid[-1, : keys // 3] = False
-    part = torch.arange(queries) // 23 * 23
-    table = torch.rand(batch, heads, queries, keys) < 0.3
-    table[:, :, 5:6] = False
-    return {
-        "full": full_mask(queries, keys, CPU),
-        "causal": causal_mask(queries, keys, CPU),
-        "window": IntervalMask((ramp - 20).clamp(min=0), ramp + 1, keys),
-        "left padding": causal_mask(queries, keys, CPU, key_valid=valid),
-        "packed": IntervalMask(part[None], part[None] + 23, keys),
-        "per head": FunctionMask(lambda b, h, i, j: table[b, h, i, j], batch, queries, keys, CPU, heads),
-        "tensor": TensorMask(table[:1, :1]),
-    }
-
-
-def oracle(q, k, v, tile_map, mask, scale, softcap=None):
-    kept = tile_map.exact.repeat_interleave(tile_map.query_tile, 2).repeat_interleave(tile_map.key_tile, 3)
-    allowed = kept[:, :, : q.shape[2], : k.shape[2]] & mask.rows(torch.arange(q.shape[2]))
-    return reference_attention(q, k, v, allowed, scale, softcap)[:2]
+    return kernel_cases.masks(batch, heads, queries, keys, reach=20, document=23)
 
 
 def distance(found, expected):

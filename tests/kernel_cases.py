@@ -1,4 +1,4 @@
-"""Inputs, masks and the check against float64 that the tests of the CPU kernel share."""
+"""Inputs, maps, masks and the float64 oracle that the tests of the kernels share."""
 
 from __future__ import annotations
 
@@ -59,19 +59,20 @@ def check(tensors, tile_map, mask, scale=None, softcap=None, forward=1e-6, backw
     return output, lse
 
 
-def masks(batch, heads, queries, keys):
+def masks(batch, heads, queries, keys, reach=50, document=77):
+    """Every kind of mask; `reach` of the window, length of a packed `document`."""
     ramp = torch.arange(queries)[None] + keys - queries
     valid = torch.ones(batch, keys, dtype=torch.bool)
     valid[-1, : keys // 3] = False
-    part = torch.arange(queries) // 77 * 77
+    part = torch.arange(queries) // document * document
     table = torch.rand(batch, heads, queries, keys) < 0.3
     table[:, :, 5:6] = False
     return {
         "full": full_mask(queries, keys, CPU),
         "causal": causal_mask(queries, keys, CPU),
-        "window": IntervalMask((ramp - 50).clamp(min=0), ramp + 1, keys),
+        "window": IntervalMask((ramp - reach).clamp(min=0), ramp + 1, keys),
         "left padding": causal_mask(queries, keys, CPU, key_valid=valid),
-        "packed": IntervalMask(part[None], part[None] + 77, keys),
+        "packed": IntervalMask(part[None], part[None] + document, keys),
         "per head": FunctionMask(lambda b, h, i, j: table[b, h, i, j], batch, queries, keys, CPU, heads),
         "tensor": TensorMask(table[:1, :1]),
     }
