@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,13 +34,19 @@ def run(loop: Any, work: int, *arguments: Any) -> None:
 def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
     """Compile, or load from numba's cache, by a call that finds the queue empty; say so when it takes a while."""
     text = "compiling the CPU kernels (%s), 10 to 20 s, once: the result is cached in %s"
-    timer = threading.Timer(1.5, _log.warning, (text, loop.py_func.__name__, loop.stats.cache_path))
-    timer.daemon = True
-    timer.start()
+    start, done = time.process_time(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(0.5):
+            if time.process_time() - start > 1.5:  # not by the clock: on a busy machine loading takes as long
+                _log.warning(text, loop.py_func.__name__, loop.stats.cache_path)
+                return
+
+    threading.Thread(target=tell, daemon=True).start()
     try:
         loop(np.full(1, 1 << 62), *arguments)
     finally:
-        timer.cancel()
+        done.set()
 
 
 class _Threads:
