@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 
 from aat_hf.config import AATConfig
 from aat_hf.hf.settings import environment
+
+# A run of the suite repeats the last one; HYPOTHESIS_PROFILE=default searches anew.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)

@@ -40,8 +40,8 @@ def lift(q: Tensor, k: Tensor, geometry: str, curvature: float | Tensor | None =
 
     Returns:
         q and k with head_dim + 1 (hyperbolic) or head_dim components, computed in float32 or wider. On the sphere a
-        vector of zeros stays one. The components stay below sqrt(c) |q| + 1 and min(|k|^2 / 2, |k| / sqrt(c)), which
-        float16 must be able to hold.
+        vector of zeros stays one. The components stay below sqrt(c) |q| + 1 and min(|k|^2 / 2, |k| / sqrt(c)), and on
+        the sphere the entries of the Jacobian below 1 / (sqrt(c) max(|x|, eps)): float16 must be able to hold them.
 
     Raises:
         ValueError: an unknown geometry, or a curvature tensor that has not one entry for each head of k.
