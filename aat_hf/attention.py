@@ -21,13 +21,12 @@ from aat_hf.kernels.skip import skip_attention
 from aat_hf.report.stages import Stages
 from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
-from aat_hf.tiling.layout import forced_tiles, held_out_rows
+from aat_hf.tiling.layout import held_out_rows
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.measure import measure_rows
-from aat_hf.tiling.repair import select_and_repair
+from aat_hf.tiling.plan import plan
 from aat_hf.tiling.select import Scene
-from aat_hf.tiling.selectors import get_selector
-from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
+from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import profile
 
 P = ParamSpec("P")
@@ -124,7 +123,7 @@ def tiled_attention(
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if reason is None and config.mode == "tiled":
         with stages("select"):
-            tile_map, estimated = plan(q, k, mask, config, scale, extras)
+            tile_map, estimated = plan(Scene.of(q, k, mask, scale, config, softcap, sinks))
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
         elif config.backend == "auto":
@@ -176,23 +175,6 @@ def why_dense(
 @torch.no_grad()
 def _finite(x: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(x)).isfinite().all())
-
-
-@torch.no_grad()
-def plan(
-    q: Tensor, k: Tensor, mask: AttentionMask, config: AATConfig, scale: float, extras: Extras
-) -> tuple[TileMap | None, Tensor]:
-    """The tile map and the infidelity (batch, heads) expected of it; no map when nothing could be dropped."""
-    states = mask.tile_states(config.query_tile, config.key_tile)
-    forced = forced_tiles(mask, states, config)
-    if bool((forced == (states != 0)).all()):
-        return None, torch.zeros(q.shape[:2], device=q.device)
-    scene = Scene(q, k, mask, states, scale, config, extras.softcap, extras.sinks)
-    mass = get_selector(config.selector)(scene)
-    kept_tiles = select_and_repair(scene, mass, forced)
-    expected = mass.masked_fill(kept_tiles, 0.0).sum(-1).mean(-1)
-    levels = torch.where(kept_tiles, EXACT, COARSE if config.coarse else 0).to(torch.uint8)
-    return TileMap.from_dense(levels, states, config.query_tile, config.key_tile), expected
 
 
 def _kept_attention(

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from aat_hf.attention import plan
 from aat_hf.bench._inputs import concentrated, random_map
 from aat_hf.bench._timing import interleaved
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
 from aat_hf.kernels import router
 from aat_hf.kernels.cpu import cpu_attention
-from aat_hf.kernels.dense import Extras
 from aat_hf.kernels.gather import gather_attention
 from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.plan import plan
+from aat_hf.tiling.select import Scene
 
 _KEYS, _DENSITY = 4096, 0.4  # where the kernels are compared
 _LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -81,6 +81,10 @@ def _entry(args: argparse.Namespace, dtype: torch.dtype, dim: int) -> dict[str, 
     }
 
 
+def _select(*scene: Any) -> None:
+    plan(Scene.of(*scene))
+
+
 @torch.no_grad()
 def _shortest(args: argparse.Namespace, dtype: torch.dtype, dim: int) -> int:
     """Fewest keys of `_LENGTHS` at which selection takes at most `_SELECTION_SHARE` of SDPA's time."""
@@ -91,7 +95,7 @@ def _shortest(args: argparse.Namespace, dtype: torch.dtype, dim: int) -> int:
         times = interleaved(
             {
                 "sdpa": partial(scaled_dot_product_attention, q, k, v, is_causal=True),
-                "select": partial(plan, q, k, mask, config, scale, Extras()),
+                "select": partial(_select, q, k, mask, scale, config),
             },
             args.rounds,
         )

@@ -19,6 +19,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import aat_hf
+from aat_hf.config import BACKENDS
 from aat_hf.data import austen, encode_dataset, load_wikitext, read_text, stdlib_source
 from aat_hf.data.wikitext import NAMES
 
@@ -31,6 +32,7 @@ NOVELS = ("Emma", "Mansfield Park", "Northanger Abbey", "Pride and Prejudice", "
 HELD_OUT_NOVEL = "Persuasion"
 HELD_OUT_SHARE = 0.1  # of a text that has no validation split of its own
 CODE_CHARACTERS = 2_500_000  # of the standard library; every Python has more
+WEIGHTS = ("float32", "bfloat16", "float16")
 TOKENIZER_DOCUMENTS = 2000
 SPECIAL = {
     "eos_token": "<end>",
@@ -57,7 +59,7 @@ class Outcome:
         trainer: With the trained model; the numbers are in its `state.log_history` as well.
         first, last: Training loss at the first and the last log, nats per token.
         held_out: Loss on the held-out rows, nats per token.
-        step_ms: Median time of a step.
+        step_ms: Median time of a step after the exact ones.
     """
 
     trainer: tf.Trainer
@@ -97,13 +99,21 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a row (4096)")
     parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
+    parser.add_argument(
+        "--exact-steps", type=int, default=0, help="of them exact, at first: new heads look everywhere (0)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows in a step (1)")
     parser.add_argument("--learning-rate", type=float, help="highest one (1e-3; from a checkpoint 5e-5)")
     parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="that trains (auto: tiled where faster)")
     parser.add_argument("--held-out-rows", type=int, default=4, help="rows in the evaluation (4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="also train the dense twin from the same seed")
     parser.add_argument("--output", type=Path, help="folder for the model, its tokenizer and its log")
+    parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="as which they are saved (float32)")
+    parser.add_argument(
+        "--characters", type=int, default=CODE_CHARACTERS, help=f"of --text code ({CODE_CHARACTERS}), whole modules"
+    )
     sizes = parser.add_argument_group("size of a new model")
     sizes.add_argument("--layers", type=int, default=2)
     sizes.add_argument("--width", type=int, default=128)
@@ -112,13 +122,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def read_texts(name: str, path: Path | None = None) -> Texts:
+def read_texts(name: str, path: Path | None = None, characters: int = CODE_CHARACTERS) -> Texts:
     """The documents that `--text` names; a file's and the standard library's last tenth is held out."""
     if name in NAMES:
         return Texts(*(load_wikitext(name, split, path=path) for split in ("train", "validation")))
     if name == "prose":
         return Texts(_dataset(map(austen, NOVELS)), _dataset([austen(HELD_OUT_NOVEL)]))
-    text = stdlib_source(CODE_CHARACTERS) if name == "code" else read_text(name)
+    text = stdlib_source(characters) if name == "code" else read_text(name)
     cut = round(len(text) * (1 - HELD_OUT_SHARE))
     return Texts(_dataset([text[:cut]]), _dataset([text[cut:]]))
 
@@ -182,7 +192,7 @@ def train(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", args.tokens)
     if args.tokens > positions:
         sys.exit(f"{args.model} has {positions} positions: give at most as many --tokens, not {args.tokens}")
-    aat_hf.configure(model, tolerance=args.tolerance)
+    aat_hf.configure(model, tolerance=args.tolerance, backend=args.backend)
     times = StepTimes()
     trainer = tf.Trainer(
         model,
@@ -191,10 +201,10 @@ def train(
         eval_dataset=rows.held_out,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[times, *([aat_hf.AATCallback()] if attention == "aat" else [])],
+        callbacks=[times, *([callback(args)] if attention == "aat" else [])],
     )
     trainer.train()
-    step_ms = 1e3 * statistics.median(times.seconds)
+    step_ms = 1e3 * statistics.median(times.seconds[args.exact_steps :])
     trainer.log({"step_ms": step_ms})
     tf.set_seed(args.seed)  # a collator that draws masks draws the same ones for the twin
     held_out = trainer.evaluate()["eval_loss"]
@@ -202,9 +212,20 @@ def train(
     return Outcome(trainer, losses[0], losses[-1], held_out, step_ms)
 
 
+def callback(args: argparse.Namespace) -> aat_hf.AATCallback:
+    """Logs the tiling, and sets the tolerance after the exact steps."""
+
+    def tolerance(progress: float) -> float:
+        return 0.0 if round(progress * args.steps) < args.exact_steps else float(args.tolerance)
+
+    return aat_hf.AATCallback(schedule=tolerance) if args.exact_steps else aat_hf.AATCallback()
+
+
 def save(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, texts: Texts) -> None:
     """Write model, tokenizer, log and held-out text to `--output`, and the twin's log to its folder `dense`."""
     aat.trainer.model.config.use_cache = True  # the Trainer turns it off
+    aat_hf.configure(aat.trainer.model, backend="auto")  # where it is used decides anew
+    aat.trainer.model.to(getattr(torch, args.weights))
     aat.trainer.save_model(args.output)
     aat.trainer.state.save_to_json(args.output / "trainer_state.json")
     if dense is not None:
@@ -223,7 +244,7 @@ def show(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, rows: Te
         if one is not None:
             print(
                 f"{name:<12} loss {one.first:.4f} to {one.last:.4f}   held out {one.held_out:.4f}   "
-                f"{one.step_ms:.1f} ms per step (median of {args.steps})"
+                f"{one.step_ms:.1f} ms per step (median of {args.steps - args.exact_steps})"
             )
     print(f"density      {aat.logged('aat_density'):.3f}, tolerance {args.tolerance:g}")
     lost, half_width = aat.logged("aat_infidelity"), aat.logged("aat_infidelity_ci")

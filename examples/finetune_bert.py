@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="evaluate the trained model densely and with each of these; in OUTPUT/eval/masked.csv",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    texts = read_texts(args.text, args.path)
+    texts = read_texts(args.text, args.path, args.characters)
     tokenizer = tokenizer_of(args, texts)
     if not args.model:
         ends = [(one, tokenizer.convert_tokens_to_ids(one)) for one in (tokenizer.sep_token, tokenizer.cls_token)]

@@ -23,7 +23,7 @@ import aat_hf
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser_of(__doc__).parse_args(argv)
-    texts = read_texts(args.text, args.path)
+    texts = read_texts(args.text, args.path, args.characters)
     tokenizer = tokenizer_of(args, texts)
 
     def make(attention: str) -> Any:

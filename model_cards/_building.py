@@ -11,14 +11,15 @@ import torch
 
 from aat_hf import cli
 from aat_hf.bench._common import environment
+from aat_hf.config import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where the training scripts are
 
-from _finetuning import LICENCES  # noqa: E402
+from _finetuning import LICENCES, WEIGHTS  # noqa: E402
 
 MAX_FILE_MB = 16.0  # what a git repository can hold without Git LFS
-TEXT = "wikitext-103-raw-v1"
+TEXT = "code"
 
 
 def parser_of(description: str | None, name: str, **sizes: int) -> argparse.ArgumentParser:
@@ -29,6 +30,8 @@ def parser_of(description: str | None, name: str, **sizes: int) -> argparse.Argu
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
     parser.add_argument("--data", help="what a file of --text is, with its licence, for the card")
     parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--backend", default="gather", choices=BACKENDS, help="that trains (gather)")
+    parser.add_argument("--weights", default="bfloat16", choices=WEIGHTS, help="as which they are saved (bfloat16)")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.05, 0.02], help="of the evaluation")
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload it to the Hub")
     for option, default in sizes.items():
@@ -47,7 +50,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def training_options(args: argparse.Namespace, trained: Path) -> list[str]:
     """For the training script: every size, the text, and the dense twin beside it."""
-    names = ("tokens", "steps", "batch", "layers", "width", "heads", "vocabulary", "held_out_rows", "tolerance", "text")
+    names = ("tokens", "steps", "batch", "layers", "width", "heads", "vocabulary", "held_out_rows", "tolerance", "text",
+             "exact_steps", "characters", "backend", "weights")  # fmt: skip
     options = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     options += ["--path", str(args.path)] if args.path else []
     return [*options, "--compare", "--output", str(trained)]

@@ -27,6 +27,7 @@ _MODULES = (
     "typing",
     "zipfile/__init__",
 )
+_NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _NOVELS = {
     "Emma": "emma",
     "Mansfield Park": "mansfieldpark",
@@ -46,7 +47,8 @@ def stdlib_source(min_chars: int = 0) -> str:
     """Source of standard library modules, joined in a fixed order.
 
     The order is argparse, ast, collections, configparser, dataclasses, ... and, when these do not
-    suffice, every other top-level module by name. One Python version always gives the same text.
+    suffice, every other top-level module by name, then those in packages, tests left out. One Python
+    version always gives the same text.
 
     Args:
         min_chars: Join whole modules until the text is at least this long; at least one is taken.
@@ -58,6 +60,8 @@ def stdlib_source(min_chars: int = 0) -> str:
     listed = [root / f"{name}.py" for name in _MODULES]
     listed += [root / f"{name.split('/')[0]}.py" for name in _MODULES if "/" in name]
     rest = sorted(path for path in root.glob("*.py") if path not in listed)
+    inner = sorted(path for path in root.glob("*/**/*.py") if not _NO_SOURCE & set(path.relative_to(root).parts))
+    rest += [path for path in inner if path not in listed]
     pieces: list[str] = []
     length = 0
     for path in [*listed, *rest]:

@@ -42,8 +42,8 @@ def settings_of(config: Any, layer_idx: int | None = None) -> AATConfig:
 
     Environment variables are those the process had at its first call.
     """
-    stored = getattr(config, "aat", None) or {}
-    return _settings(json.dumps(stored, sort_keys=True), layer_idx, environment())
+    stored = getattr(config, "aat", None)
+    return _settings(json.dumps(stored, sort_keys=True) if stored else "{}", layer_idx, environment())
 
 
 @lru_cache(maxsize=4096)

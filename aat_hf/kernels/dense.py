@@ -70,9 +70,8 @@ def dense_attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
-    kind = interval_kind(mask)
-    if kind is not None:
-        return grouped_sdpa(q, k, v, None, scale, dropout, is_causal=kind == "causal")
+    if isinstance(mask, IntervalMask) and mask.kind is not None:
+        return grouped_sdpa(q, k, v, None, scale, dropout, is_causal=mask.kind == "causal")
     if q.shape[2] > 1:  # once, not for every piece of rows
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     rows = torch.arange(q.shape[2], device=q.device)
@@ -117,18 +116,6 @@ def grouped_sdpa(
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     """Output of `weights` (batch, heads, queries, keys) that lie on its gradient path; v (batch, kv_heads, keys, …)."""
     return weights @ _repeat(v, weights.shape[1])
-
-
-def interval_kind(mask: AttentionMask) -> str | None:
-    """Return "full" or "causal" (square) where SDPA needs no mask tensor, else None."""
-    if not isinstance(mask, IntervalMask) or bool((mask.first > 0).any()):
-        return None
-    if mask.key_valid is not None and not bool(mask.key_valid.all()):
-        return None
-    if bool((mask.last == mask.keys).all()):
-        return "full"
-    ramp = torch.arange(mask.queries, device=mask.device) + 1
-    return "causal" if mask.queries == mask.keys and bool((mask.last == ramp).all()) else None
 
 
 def _eager_rows(

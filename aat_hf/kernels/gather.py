@@ -19,10 +19,7 @@ from aat_hf.tiling.layout import tile_keys
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.tile_map import EXACT, TileMap
 
-_BUCKET_PAIRS = {
-    "cpu": 256,
-    "cuda": 4096,
-}  # tile pairs of a bucket: scores stay in the cache / fill the device
+_BUCKET_SCORES = {"cpu": 2**20, "cuda": 2**25}  # they stay in the cache / fill the device
 _TINY = 1e-30  # divisor of rows without keys; other rows total at least 1
 
 
@@ -154,7 +151,8 @@ def _buckets(tile_map: TileMap, keys: int) -> Iterator[_Bucket]:
     order = counts.argsort(stable=True)
     order = order[counts[order] > 0]
     sizes = counts[order].tolist()
-    pairs, begin = _BUCKET_PAIRS.get(columns.device.type, 1024), 0
+    scores = _BUCKET_SCORES.get(columns.device.type, 2**22)
+    pairs, begin = scores // (tile_map.query_tile * tile_map.key_tile), 0
     while begin < len(sizes):
         end = begin + 1
         while end < len(sizes) and sizes[end] * (end + 1 - begin) <= pairs:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,6 +97,16 @@ class IntervalMask(AttentionMask):
         self.first = first.clamp(0, keys)
         self.last = torch.maximum(last.clamp(0, keys), self.first)
         self.key_valid = key_valid
+
+    @cached_property
+    def kind(self) -> str | None:
+        """Which mask SDPA needs no tensor for: "full", "causal" (square), else None; found once for all layers."""
+        if bool((self.first > 0).any()) or not (self.key_valid is None or bool(self.key_valid.all())):
+            return None
+        if bool((self.last == self.keys).all()):
+            return "full"
+        ramp = torch.arange(self.queries, device=self.device) + 1
+        return "causal" if self.queries == self.keys and bool((self.last == ramp).all()) else None
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """See `AttentionMask.allowed`."""

@@ -16,7 +16,7 @@ from aat_hf.tiling.moments import Moments, summarise
 
 @dataclass
 class Scene:
-    """What a selector may look at.
+    """What a selector may look at: a call, or some of its heads where the grids of a long one would be large.
 
     Attributes:
         q: (batch, heads, queries, head_dim); k: (batch, kv_heads, keys, head_dim).
@@ -34,6 +34,14 @@ class Scene:
     softcap: float | None = None
     sinks: Tensor | None = None
     _moments: Moments | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, mask: AttentionMask, scale: float, config: AATConfig, softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Scene:  # fmt: skip
+        """The scene of a whole call."""
+        return cls(q, k, mask, mask.tile_states(config.query_tile, config.key_tile), scale, config, softcap, sinks)
 
     @property
     def moments(self) -> Moments:

@@ -42,16 +42,18 @@ class TileMap:
     @classmethod
     def from_dense(cls, levels: Tensor, states: Tensor, query_tile: int, key_tile: int) -> TileMap:
         """Compress `levels` (batch, heads, query_tiles, key_tiles) uint8; pairs the mask forbids are culled."""
-        levels = torch.where(states.expand_as(levels) == NONE, CULLED, levels).to(torch.uint8)
+        levels = levels.masked_fill(states == NONE, CULLED)
         batch, heads, query_tiles, key_tiles = levels.shape
         row, column = levels.reshape(-1, key_tiles).nonzero(as_tuple=True)
         count = torch.bincount(row, minlength=batch * heads * query_tiles)
-        flat_states = states.expand_as(levels).reshape(-1, key_tiles)
+        head = row // query_tiles
+        of_batch = head // heads if states.shape[0] > 1 else 0
+        of_head = head % heads if states.shape[1] > 1 else 0
         return cls(
             row_start=torch.nn.functional.pad(count.cumsum(0), (1, 0)),
             columns=column,
             levels=levels.reshape(-1, key_tiles)[row, column],
-            cut=flat_states[row, column] == PARTIAL,
+            cut=states[of_batch, of_head, row % query_tiles, column] == PARTIAL,
             states=states,
             shape=(batch, heads, query_tiles, key_tiles),
             query_tile=query_tile,
@@ -89,8 +91,9 @@ class TileMap:
     @property
     def density(self) -> Tensor:
         """Exact tiles / allowed tiles: float32 (batch, heads); 1 where the mask allows nothing."""
-        kept = self.exact.sum((-1, -2))
-        allowed = self.allowed().sum((-1, -2))
+        of_row = torch.bincount(self.rows[self.levels == EXACT], minlength=len(self.row_start) - 1)
+        kept = of_row.view(self.shape[:3]).sum(-1)
+        allowed = (self.states != NONE).sum((-1, -2)).expand(self.shape[:2])
         return torch.where(allowed > 0, kept / allowed.clamp(min=1), torch.ones((), device=kept.device))
 
     def to_block_mask(self, mask: AttentionMask) -> Any:

@@ -1,0 +1,32 @@
+"""Tile maps of whole calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs import peaked
+
+from aat_hf.tiling import plan as planning
+from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.select import Scene
+
+
+@pytest.mark.parametrize("batch,heads,kv_heads", [(1, 6, 3), (2, 4, 4), (1, 4, 1)])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_heads_planned_in_groups_get_the_maps_of_the_whole(
+    small, monkeypatch, batch, heads, kv_heads, with_sinks, coarse
+):
+    q, k, _ = peaked(batch, heads, kv_heads, 300, 300, 16)
+    mask = causal_mask(300, 300, q.device)
+    sinks = torch.linspace(-1, 1, heads) if with_sinks else None
+    scene = Scene.of(q, k, mask, 0.25, small.replace(coarse=coarse), None, sinks)
+    whole, expected = planning.plan(scene)
+    monkeypatch.setitem(planning._GROUP_CELLS, "cpu", 1)
+    seen = []
+    monkeypatch.setattr(planning, "_planned", lambda *part, of=planning._planned: seen.append(part) or of(*part))
+    parts, found = planning.plan(scene)
+    assert len(seen) == kv_heads
+    assert torch.equal(parts.to_dense(), whole.to_dense()) and torch.equal(parts.cut, whole.cut)
+    assert torch.allclose(found, expected)
+    assert 0 < float(whole.density.mean()) < 1
