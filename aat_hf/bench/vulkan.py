@@ -1,13 +1,16 @@
 """`aat bench vulkan`: a Vulkan device against torch on the CPU, with and without the transfers.
 
 Plain operations on square matrices: alone, with the copies to and from the device, and many in one submission. Tiled
-attention: dense and sparse causal maps against SDPA. Nothing is timed whose numbers disagree with torch's.
+attention: dense and sparse causal maps against SDPA. Measured rows, the dearest part of selection: against the CPU
+kernel, which computes them so far. A model: the counters of the memory pool and the pipeline cache
+over many steps (`_vulkan_model`). Nothing is timed whose numbers disagree with torch's.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,26 +19,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from aat_hf.bench import _vulkan_model
 from aat_hf.bench._common import environment, markdown_table, write_csv
 from aat_hf.bench._inputs import random_map
 from aat_hf.bench._timing import interleaved
 from aat_hf.bench.attention import NumericalError, _checked
+from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice
 from aat_hf.kernels.cpu import lower_tiles
 from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.tile_map import EXACT
-from aat_hf.vulkan import attention, ops, profile
+from aat_hf.vulkan import attention, ops, plain, profile
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.interface import Dispatch, Provider
-from aat_hf.vulkan.lowering import TileList, vectors
+from aat_hf.vulkan.lowering import TileList, room, vectors
 from aat_hf.vulkan.provider import get_provider
-from aat_hf.vulkan.workspace import Workspace
+from aat_hf.vulkan.workspace import Workspace, pool_of
 
 _LIMIT = 2e-6  # largest error of a plain operation relative to its largest result
-_TORCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "add": torch.add, "mul": torch.mul, "relu": lambda a, _: a.relu(), "matmul": torch.matmul,
-}  # fmt: skip
+_ROWS_LIMIT = 1e-5  # of measured rows: both sides are float32
+_OPERATIONS = ("add", "mul", "relu", "matmul")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,17 @@ class OperationResult:
     moved: float
     single: float
     batched: float
+    error: float
+
+
+@dataclass(frozen=True)
+class RowsResult:
+    """Rows measured for a causal selection: median seconds on the CPU, and on the device with the transfers."""
+
+    keys: int
+    rows: int
+    cpu: float
+    whole: float
     error: float
 
 
@@ -81,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0."""
     parser = argparse.ArgumentParser(prog="aat bench vulkan", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048], help="of the matrices")
-    parser.add_argument("--operations", nargs="+", choices=list(_TORCH), default=list(_TORCH))
+    parser.add_argument("--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS)
     parser.add_argument("--batch", type=int, default=20, help="operations of a batched submission")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.1])
@@ -90,15 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--provider", choices=["kompute", "vulkan"], help="binding; default: as elsewhere")
     parser.add_argument("--out", type=Path, help="write the attention table as CSV to this file")
+    _vulkan_model.add_arguments(parser)
     args = parser.parse_args(argv)
-    provider = get_provider(args.provider)
+    if args.provider is not None:
+        os.environ["AAT_VULKAN_PROVIDER"] = args.provider
+    provider = get_provider()
     print(f"{environment()}\n{provider.device.name} through {provider.name}\n")
+    if args.steps:  # first: what is counted begins with the process
+        print(f"{_vulkan_model.table(_vulkan_model.measure(provider, args))}\n", flush=True)
     operations = [_operation(provider, name, size, args) for name in args.operations for size in args.sizes]
     if operations:
         print(f"{_operation_table(operations, args.batch)}\n")
     lines = [_attention(provider, keys, density, args) for keys in args.lengths for density in args.densities]
     if lines:
-        print(_attention_table(lines))
+        print(f"{_attention_table(lines)}\n")
+        print(_rows_table([_rows(provider, keys, args) for keys in args.lengths]))
     if lines and args.out is not None:
         write_csv(args.out, lines)
         notice(f"Wrote {args.out}")
@@ -107,27 +129,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _operation(provider: Provider, name: str, size: int, args: argparse.Namespace) -> OperationResult:
     torch.manual_seed(0)
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    pool_of(provider).trim()  # every case has buffers of its own size
+    a, b = torch.randn(2, size, size)
+    inputs = (a, b)[: plain.arity(name)]
 
     def moved() -> Tensor:
-        if name == "matmul":
-            return ops.matmul(provider, a[None], b[None])[0]
-        return ops.elementwise(provider, name, a, None if name == "relu" else b)
+        return plain.on_device(provider, name, [inputs])[0]
 
-    expected = _TORCH[name](a.double(), b.double())
+    expected = plain.OPERATIONS[name](*(x.double() for x in inputs))
     error = float((moved() - expected).abs().max() / expected.abs().max())
     if not error < _LIMIT:
         raise NumericalError(f"{name} of size {size} has relative error {error:.1e}: no time is reported")
     with Workspace(provider) as work:
-        buffers = work.rows(a), work.rows(b), work.result((size, size))
+        left, right, result = work.buffers(a, b, room((size, size)))
         if name == "matmul":
-            dispatch = ops.matmul_dispatch(provider, *buffers, (1, size, size, size))
+            dispatch = plain.matmul_dispatch(provider, left, right, result, (1, size, size, size))
         else:
-            dispatch = ops.elementwise_dispatch(provider, name, *buffers, size * size)
+            dispatch = plain.elementwise_dispatch(provider, name, left, right, result, size * size)
         work.run(dispatch)
         times = interleaved(
             {
-                "torch": partial(_TORCH[name], a, b),
+                "torch": partial(plain.OPERATIONS[name], *inputs),
                 "moved": moved,
                 "single": partial(provider.submit, [dispatch]),
                 "batched": partial(provider.submit, [dispatch] * args.batch),
@@ -142,6 +164,7 @@ def _operation(provider: Provider, name: str, size: int, args: argparse.Namespac
 @torch.inference_mode()
 def _attention(provider: Provider, keys: int, density: float, args: argparse.Namespace) -> AttentionResult:
     torch.manual_seed(0)
+    pool_of(provider).trim()
     q, k, v = (torch.randn(1, args.heads, keys, args.head_dim) for _ in range(3))
     scale, mask = args.head_dim**-0.5, causal_mask(keys, keys, q.device)
     tile_map = random_map(q, density)
@@ -161,6 +184,23 @@ def _attention(provider: Provider, keys: int, density: float, args: argparse.Nam
         keys, args.heads, args.head_dim, float(tile_map.density.mean()), times["sdpa"].median, times["whole"].median,
         kernel, 4 * pairs * args.head_dim / kernel / 1e12, error,
     )  # fmt: skip
+
+
+@torch.inference_mode()
+def _rows(provider: Provider, keys: int, args: argparse.Namespace) -> RowsResult:
+    torch.manual_seed(0)
+    pool_of(provider).trim()
+    config = AATConfig()
+    q, k = (torch.randn(1, args.heads, keys, args.head_dim) for _ in range(2))
+    rows = torch.arange(0, keys, config.measured_stride)
+    call = q, k, causal_mask(keys, keys, q.device), rows, config.key_tile, args.head_dim**-0.5
+    on_cpu, on_device = measure_rows(*call).probability, ops.measure_rows(provider, *call).probability
+    error = float((on_cpu - on_device).abs().max() / on_cpu.max())
+    if not error < _ROWS_LIMIT:
+        raise NumericalError(f"measured rows of {keys} keys have relative error {error:.1e}: no time is reported")
+    ways = {"cpu": partial(measure_rows, *call), "whole": partial(ops.measure_rows, provider, *call)}
+    times = interleaved(ways, args.rounds)
+    return RowsResult(keys, len(rows), times["cpu"].median, times["whole"].median, error)
 
 
 def _kernel_seconds(provider: Provider, inputs: tuple[Tensor, Tensor, Tensor], call: Call, rounds: int) -> float:
@@ -193,4 +233,20 @@ def _attention_table(results: Sequence[AttentionResult]) -> str:
          f"{r.tflops:.2f}", f"{r.sdpa / r.whole:.2f}", f"{r.error:.0e}"]
         for r in results
     ]  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def _rows_table(results: Sequence[RowsResult]) -> str:
+    head = ["keys", "measured rows", "CPU ms", "Vulkan with transfer ms", "CPU / with transfer", "error"]
+    rows = [
+        [
+            str(r.keys),
+            str(r.rows),
+            f"{1e3 * r.cpu:.2f}",
+            f"{1e3 * r.whole:.2f}",
+            f"{r.cpu / r.whole:.2f}",
+            f"{r.error:.0e}",
+        ]
+        for r in results
+    ]
     return markdown_table(head, rows)

@@ -96,12 +96,11 @@ def forward_dispatch(
 ) -> Dispatch:
     """The forward shader on buffers of `work`; the last three are output, rows (lse and bound) and skipped pieces."""
     words = lowering.by_rows(call.tiles, call.query_tile)
-    inputs = work.rows(q), work.rows(k), work.words(words.words), work.rows(v)
-    output, rows = work.result((*q.shape[:3], v.shape[3])), work.empty(8 * q.shape[:3].numel())
-    skipped = work.words(np.zeros(_pieces(call, shape.own), np.uint32))
+    output, rows = lowering.room((*q.shape[:3], v.shape[3])), 8 * q.shape[:3].numel()
+    skipped = np.zeros(_pieces(call, shape.own), np.uint32)
     return Dispatch(
         variant("attention_forward", provider.device),
-        (*inputs, output, rows, skipped),
+        tuple(work.buffers(q, k, words.words, v, output, rows, skipped)),
         (call.shape[2] * _blocks(call.query_tile, shape), q.shape[1], q.shape[0]),
         _spec(shape, q, v, call),
         _push(q, k, call, words, shape.own),
@@ -137,21 +136,21 @@ def backward(
     by_rows = lowering.by_rows(call.tiles, call.query_tile)
     by_columns = lowering.by_columns(call.tiles, call.shape, k.shape[1], call.query_tile)
     with Workspace(provider) as work:
-        at_q, at_k, at_v = work.rows(q), work.rows(k), work.rows(v)
-        saved = work.rows(d_output), work.words(rows.numpy())
-        pieces = work.words(skipped.pieces)
-        d_q, d_k, d_v = work.result(q.shape), work.result(k.shape), work.result(v.shape)
+        at_q, at_k, at_v, in_rows, in_columns, at_d, sums, pieces, d_q, d_k, d_v = work.buffers(
+            q, k, v, by_rows.words, by_columns.words, d_output, rows.numpy(), skipped.pieces,
+            *(lowering.room(x.shape) for x in inputs),
+        )  # fmt: skip
         dispatches = [
             Dispatch(
                 "attention_backward_queries",
-                (at_q, at_k, work.words(by_rows.words), at_v, *saved, d_q, pieces),
+                (at_q, at_k, in_rows, at_v, at_d, sums, d_q, pieces),
                 (call.shape[2] * _blocks(call.query_tile, for_q), q.shape[1], q.shape[0]),
                 _spec(for_q, q, v, call),
                 _push(q, k, call, by_rows, skipped.rows),
             ),
             Dispatch(
                 "attention_backward_keys",
-                (at_q, at_k, work.words(by_columns.words), at_v, *saved, d_k, d_v, pieces),
+                (at_q, at_k, in_columns, at_v, at_d, sums, d_k, d_v, pieces),
                 (call.shape[3] * _blocks(call.key_tile, for_k), k.shape[1], k.shape[0]),
                 _spec(for_k, q, v, call),
                 _push(q, k, call, by_columns, skipped.rows),

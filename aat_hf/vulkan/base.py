@@ -24,11 +24,12 @@ class HostBuffer:
     """A buffer of either provider.
 
     Attributes:
-        nbytes: its size; serial: tells it from every other buffer of the process, released ones too.
+        nbytes: its size; used: bytes of it that matter at present.
+        serial: tells it from every other buffer of the process, released ones too.
     """
 
     def __init__(self, nbytes: int, mapped: NDArray[np.uint8]) -> None:
-        self.nbytes = nbytes
+        self.nbytes = self.used = nbytes
         self.serial = next(_serials)
         self._mapped: NDArray[np.uint8] | None = mapped
 

@@ -1,24 +1,28 @@
 """A pool of device buffers: memory that was used once is used again, because making it anew costs milliseconds.
 
-Sizes are rounded up to powers of two, so that few kinds of buffer serve all requests, or kept exact where they are
-planned from a tile map and recur. Two kinds of waste are counted apart: *internal* fragmentation is what rounding adds
-to buffers in use; *external* fragmentation is memory that lay idle when a request found no buffer of its size.
+The buffers of an operation are planned together: its tensors and tile map say how long each has to be. Every request
+takes the smallest idle buffer that is long enough; only where there is none, memory is taken from the device, and what
+then lies idle and fits nothing is given back first. Two kinds of waste are counted apart: *internal* fragmentation is
+what buffers are longer than asked for; *external* fragmentation is memory that lay idle while more was taken.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from threading import RLock
+from typing import NamedTuple
 
 from aat_hf.vulkan import limits
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError
 from aat_hf.vulkan.interface import Buffer, Provider
 
 _SMALLEST = 256
+_CLASSES = 8  # sizes between two powers of two: an input that grows step by step is met again
 _SHARE = 0.5  # of the device's heap; the rest is left to other programs
+_IDLE_SHARE = 1 / 128  # of the held memory that may lie idle while more is taken
 
 
 @dataclass
@@ -31,7 +35,7 @@ class PoolStatistics:
         requested, in_use: asked for, and handed out for it, at present; idle: kept for later.
         high_water: the most that was held, in use and idle.
         requested_total, handed_total: of all requests since the start.
-        idle_at_misses, held_at_misses: summed over the misses, before the new buffer.
+        idle_at_misses, held_at_misses: summed over the plans that took new memory, once they had it.
     """
 
     hits: int = 0
@@ -67,6 +71,14 @@ class PoolStatistics:
         return self.idle_at_misses / self.held_at_misses if self.held_at_misses else 0.0
 
 
+class _Held(NamedTuple):
+    """A buffer of the pool; the number orders buffers of one length, so that equal calls get equal buffers."""
+
+    nbytes: int
+    number: int
+    buffer: Buffer
+
+
 class BufferPool:
     """Buffers of one provider, usable from any thread.
 
@@ -78,102 +90,113 @@ class BufferPool:
         self.capacity = int(_SHARE * provider.device.heap_bytes) if capacity is None else capacity
         self.statistics = PoolStatistics()
         self._provider = provider
-        self._lock = threading.RLock()
-        self._idle: OrderedDict[int, Buffer] = OrderedDict()  # by id, least recently used first
-        self._requested: dict[int, tuple[Buffer, int]] = {}  # in use, by id, with what was asked for
+        self._lock = RLock()
+        self._numbers = count()
+        self._idle: list[_Held] = []  # sorted: shortest first
+        self._used: dict[int, tuple[_Held, int]] = {}  # by the buffer's id, with what was asked for
 
-    @contextmanager
-    def lease(self, sizes: Sequence[int], *, exact: bool = False) -> Iterator[list[Buffer]]:
-        """Buffers of at least `sizes` bytes for the length of a `with`: all of them, or none.
-
-        Args:
-            exact: of exactly these sizes (in words): an arena planned ahead.
-        """
-        taken: list[Buffer] = []
-        try:
-            for nbytes in sizes:
-                taken.append(self.acquire(nbytes, exact=exact))
-            yield taken
-        finally:
-            for buffer in taken:
-                self.recycle(buffer)
-
-    def acquire(self, nbytes: int, *, exact: bool = False) -> Buffer:
-        """A buffer of at least `nbytes`, contents undefined; give it back with `recycle`.
+    def acquire(self, *sizes: int) -> list[Buffer]:
+        """Buffers of at least so many bytes, contents undefined, all or none; give them back with `recycle`.
 
         Raises:
-            VulkanLimitError: longer than a shader can bind.
+            VulkanLimitError: one is longer than a shader can bind.
             OutOfDeviceMemoryError: no room within the capacity, or on the device, even without the idle buffers.
         """
-        size = bucket(nbytes, self._provider, exact=exact)
+        lengths = [bucket(nbytes, self._provider) for nbytes in sizes]
         with self._lock:
-            found = next((buffer for buffer in reversed(self._idle.values()) if buffer.nbytes == size), None)
-            if found is None:
-                found = self._make(size)
-                self.statistics.misses += 1
-            else:
-                del self._idle[id(found)]
-                self.statistics.hits += 1
-                self.statistics.idle -= size
-            self._requested[id(found)] = found, nbytes
-            self._count(size, nbytes)
-            return found
+            found = [self._take_idle(nbytes) for nbytes in sizes]
+            missing = [place for place, held in enumerate(found) if held is None]
+            try:
+                self._make_room(sum(lengths[place] for place in missing))
+                for place in missing:
+                    found[place] = self._make(lengths[place])
+            except BaseException:
+                for held in filter(None, found):
+                    self._put_idle(held)
+                raise
+            held_ones = [held for held in found if held is not None]
+            self._count(held_ones, sizes, len(missing))
+            return [held.buffer for held in held_ones]
 
     def recycle(self, buffer: Buffer) -> None:
         """Take a buffer back, to be handed out again."""
         with self._lock:
-            found, nbytes = self._requested.pop(id(buffer), (None, 0))
-            if found is None:
+            if id(buffer) not in self._used:
                 raise ValueError("this buffer is not in use: it was recycled before, or belongs to another pool")
+            held, nbytes = self._used.pop(id(buffer))
             self.statistics.requested -= nbytes
-            self.statistics.in_use -= buffer.nbytes
-            self.statistics.idle += buffer.nbytes
-            self._idle[id(buffer)] = buffer
+            self._put_idle(held)
 
     def trim(self, nbytes: int = 0) -> None:
-        """Give idle buffers back to the device, least recently used first, until at most `nbytes` are idle."""
+        """Give idle buffers back to the device, longest first, until at most `nbytes` are idle."""
         with self._lock:
             while self.statistics.idle > nbytes:
-                _, buffer = self._idle.popitem(last=False)
-                self.statistics.idle -= buffer.nbytes
+                held = self._idle.pop()
+                self.statistics.idle -= held.nbytes
                 self.statistics.evictions += 1
-                self._provider.release(buffer)
+                self._provider.release(held.buffer)
 
-    def _make(self, size: int) -> Buffer:
-        self.statistics.idle_at_misses += self.statistics.idle
-        self.statistics.held_at_misses += self.statistics.held
-        room = self.capacity - self.statistics.in_use - size
-        if room < 0:
+    def _take_idle(self, nbytes: int) -> _Held | None:
+        """The shortest idle buffer that is long enough: no choice leaves more to the requests that follow."""
+        place = bisect_left(self._idle, nbytes, key=lambda held: held.nbytes)
+        if place == len(self._idle):
+            return None
+        held = self._idle.pop(place)
+        self.statistics.idle -= held.nbytes
+        self.statistics.in_use += held.nbytes
+        return held
+
+    def _put_idle(self, held: _Held) -> None:
+        self.statistics.in_use -= held.nbytes
+        self.statistics.idle += held.nbytes
+        insort(self._idle, held, key=lambda held: held[:2])
+
+    def _make_room(self, nbytes: int) -> None:
+        """Before taking `nbytes` from the device."""
+        if not nbytes:
+            return
+        busy = self.statistics.in_use + nbytes
+        if busy > self.capacity:
             raise OutOfDeviceMemoryError(
-                f"{size} bytes more than the {self.statistics.in_use} in use exceed the pool's {self.capacity} bytes "
+                f"{nbytes} bytes more than the {self.statistics.in_use} in use exceed the pool's {self.capacity} bytes "
                 f"on {self._provider.device.name}: use a shorter input, or the CPU"
             )
-        self.trim(room)
+        self.trim(min(int(_IDLE_SHARE * busy), self.capacity - busy))
+
+    def _make(self, length: int) -> _Held:
         try:
-            return self._provider.buffer(size)
+            buffer = self._provider.buffer(length)
         except OutOfDeviceMemoryError:
             if not self._idle:
                 raise
-        self.trim()
-        return self._provider.buffer(size)
+            self.trim()
+            buffer = self._provider.buffer(length)
+        self.statistics.in_use += buffer.nbytes
+        self.statistics.high_water = max(self.statistics.high_water, self.statistics.held)
+        return _Held(buffer.nbytes, next(self._numbers), buffer)
 
-    def _count(self, size: int, nbytes: int) -> None:
+    def _count(self, found: list[_Held], sizes: Sequence[int], misses: int) -> None:
         counts = self.statistics
-        counts.requested += nbytes
-        counts.requested_total += nbytes
-        counts.in_use += size
-        counts.handed_total += size
-        counts.high_water = max(counts.high_water, counts.held)
+        counts.misses += misses
+        counts.hits += len(found) - misses
+        for held, nbytes in zip(found, sizes, strict=True):
+            held.buffer.used = nbytes
+            self._used[id(held.buffer)] = held, nbytes
+            counts.handed_total += held.nbytes
+        counts.requested += sum(sizes)
+        counts.requested_total += sum(sizes)
+        if misses:
+            counts.idle_at_misses += counts.idle
+            counts.held_at_misses += counts.held
 
 
-def bucket(nbytes: int, provider: Provider, *, exact: bool = False) -> int:
-    """The size of buffer that serves a request: a power of two of at least 256, or whole words.
+def bucket(nbytes: int, provider: Provider) -> int:
+    """The length of a new buffer that serves a request: at most an eighth more, one of eight between powers of two.
 
     Raises:
         VulkanLimitError: longer than a shader can bind.
     """
     words = limits.check_size(nbytes, provider.device)
-    if exact:
-        return words
-    rounded = max(_SMALLEST, 1 << (words - 1).bit_length())
+    step = max(_SMALLEST, (1 << (words - 1).bit_length()) // 2 // _CLASSES)
+    rounded = -(-words // step) * step
     return rounded if rounded <= limits.longest(provider.device) else words

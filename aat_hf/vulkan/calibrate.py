@@ -20,7 +20,7 @@ from aat_hf.kernels.cpu import cpu_attention, lower_tiles
 from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import EXACT, TileMap
-from aat_hf.vulkan import attention, profile
+from aat_hf.vulkan import attention, plain, profile
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.interface import Provider
 from aat_hf.vulkan.lowering import TileList, vectors
@@ -31,6 +31,9 @@ from aat_hf.vulkan.shapes import Shape, candidates
 _TUNED_KEYS = 4096  # where shapes are compared
 _CALLS = ((256, 1.0), (1024, 1.0), (4096, 1.0), (4096, 0.25))  # keys and density of the calls that give the costs
 _SOFTWARE_CALLS = ((64, 1.0), (128, 1.0), (256, 1.0), (256, 0.25))
+_MATRICES = ((64, 1), (64, 20), (512, 1), (512, 20), (2048, 1))  # rows, and operations of a submission
+_SOFTWARE_MATRICES = ((16, 1), (16, 20), (64, 1), (64, 5))
+_BATCH = 20  # small operations in one submission, of the break-even that is printed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,21 +42,25 @@ def run(args: argparse.Namespace) -> int:
     software = provider.device.kind == "cpu"
     shapes: dict[str, Shape] = {}
     cases = list(product(args.dtypes, args.head_dims))
-    with progress(f"Measuring {provider.device.name}", len(args.head_dims) + len(cases)) as update:
+    with progress(f"Measuring {provider.device.name}", len(args.head_dims) + len(cases) + 1) as update:
         for number, dim in enumerate(args.head_dims):
             shapes |= tuned(provider, args.heads, dim, 128 if software else _TUNED_KEYS, args.rounds)
             update(number + 1)
-        profile.save(provider.device, Profile(shapes, []))  # the costs are those of the tuned shapes
+        profile.save(provider.device, Profile(shapes, [], {}))  # the costs are those of the tuned shapes
         costs = []
         for number, (dtype, dim) in enumerate(cases):
             calls = _SOFTWARE_CALLS if software else _CALLS
             costs.append(measured(getattr(torch, dtype), args.heads, dim, calls, args.rounds))
             update(len(args.head_dims) + number + 1)
+        operations = {name: _operation(provider, name, args.rounds) for name in plain.OPERATIONS}
+        update(len(args.head_dims) + len(cases) + 1)
     for name, shape in shapes.items():
         print(f"{name}: {shape.threads} threads, {shape.rows} rows, chunks of {shape.chunk} vectors")
     for entry in costs:
         print(_told(entry, args.heads))
-    notice(f"Wrote {profile.save(provider.device, Profile(shapes, costs))}")
+    for name, direction in operations.items():
+        print(_told_of_operation(name, direction))
+    notice(f"Wrote {profile.save(provider.device, Profile(shapes, costs, operations))}")
     return 0
 
 
@@ -107,6 +114,23 @@ def measured(dtype: torch.dtype, heads: int, dim: int, calls: tuple[tuple[int, f
     return Costs(str(dtype).removeprefix("torch."), dim, *(fitted(np.array(lines[way])) for way in lines))
 
 
+def _operation(provider: Provider, name: str, rounds: int) -> Direction:
+    """Costs of a plain operation on square matrices, one and many in a submission, transfers included."""
+    lines = []
+    for size, count in _SOFTWARE_MATRICES if provider.device.kind == "cpu" else _MATRICES:
+        torch.manual_seed(0)
+        batch = [_matrices(name, size) for _ in range(count)]
+        run = partial(plain.compute_many, name, batch)
+        ways = {"vulkan": partial(plain.on_device, provider, name, batch), "cpu": partial(run, backend="torch")}
+        times = interleaved(ways, rounds)
+        lines.append((*plain.load_of(name, batch), times["vulkan"].median, times["cpu"].median))
+    return fitted(np.array(lines))
+
+
+def _matrices(name: str, size: int, device: str = "cpu") -> tuple[Tensor, ...]:
+    return tuple(torch.randn(plain.arity(name), size, size, device=device))
+
+
 def fitted(lines: np.ndarray[Any, np.dtype[np.float64]]) -> Direction:
     """Costs from measured calls (calls, 4): bytes, products, seconds through Vulkan, seconds on the CPU.
 
@@ -133,6 +157,16 @@ def _call(q: Tensor, tile_map: TileMap) -> Call:
 
 def _gradients(output: Tensor, leaves: tuple[Tensor, ...]) -> Any:
     return torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+
+
+def _told_of_operation(name: str, direction: Direction) -> str:
+    """One line: the smallest square matrices for which the device is faster, alone and many in a submission."""
+    found = []
+    for count in (1, _BATCH):
+        loads = {2**power: plain.load_of(name, [_matrices(name, 2**power, "meta")] * count) for power in range(4, 15)}
+        shortest = next((size for size, load in loads.items() if direction.pays(*load)), None)
+        found.append(f"from {shortest}²" if shortest else "never")
+    return f"{name}: faster than the CPU {found[0]}, {_BATCH} in a submission {found[1]}"
 
 
 def _told(entry: Costs, heads: int) -> str:

@@ -100,14 +100,14 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         vk.vkBeginCommandBuffer(self._commands, begin)
         self._barrier(_DEVICE, _DEVICE)  # a fence makes earlier submissions' writes available, this makes them visible
         for buffer in upload:
-            self._copy(buffer.staging, buffer.main, buffer.nbytes)
+            self._copy(buffer.staging, buffer.main, buffer.used)
         self._barrier(_TRANSFER, _DEVICE)
         for batch in batches:
             for dispatch in batch:
                 self._dispatch(dispatch, descriptors)
             self._barrier(_COMPUTE, _DEVICE)
         for buffer in download:
-            self._copy(buffer.main, buffer.staging, buffer.nbytes)
+            self._copy(buffer.main, buffer.staging, buffer.used)
         self._barrier(_DEVICE, _HOST)
         vk.vkEndCommandBuffer(self._commands)
 

@@ -61,6 +61,8 @@ class DeviceInfo:
 class Buffer(Protocol):
     """Memory of the device that shaders read and write."""
 
+    used: int  # bytes of it that matter at present: a binding that can copies no more
+
     @property
     def nbytes(self) -> int:
         """Its size, a multiple of 4."""

@@ -1,4 +1,4 @@
-"""Tile maps and tensors as the shaders read them: 32-bit words, rows of whole vectors of four."""
+"""Tile maps and tensors as the shaders read them: 32-bit words, rows of whole vectors of four; and workgroups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aat_hf.vulkan.interface import Buffer
+from aat_hf.vulkan.interface import Buffer, Provider
 
 VECTOR, WORD_BITS = 4, 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # KIND in the shaders
@@ -100,6 +100,11 @@ def row_bytes(x: Tensor) -> int:
     return max(4, x.shape[:-1].numel() * vectors(x.shape[-1]) * VECTOR * x.element_size())
 
 
+def room(shape: torch.Size | tuple[int, ...]) -> int:
+    """Bytes of float32 rows of `shape` (..., dim)."""
+    return row_bytes(torch.empty(shape, dtype=torch.float32, device="meta"))
+
+
 def write_rows(buffer: Buffer, x: Tensor) -> None:
     """Copy `x` (..., dim) into the buffer's host memory, rows padded with zeros to whole vectors."""
     target = _rows(buffer, x.shape, x.dtype)
@@ -122,6 +127,17 @@ def read_words(buffer: Buffer, shape: tuple[int, ...], dtype: type[Number]) -> N
     """A copy of 32-bit words of `dtype`."""
     size = 4 * int(np.prod(shape))
     return buffer.view()[:size].view(dtype).reshape(shape).copy()
+
+
+def threads(provider: Provider) -> int:
+    """Invocations of a workgroup whose invocations do not work together."""
+    return 64 if provider.device.kind == "cpu" else 256
+
+
+def spread(provider: Provider, groups: int) -> tuple[int, int, int]:
+    """So many workgroups, or a few more, along x and then y."""
+    most = provider.device.max_groups[0]
+    return min(groups, most), -(-groups // most), 1
 
 
 def _rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -20,18 +20,18 @@ from aat_hf.data.pretrained import cache_dir
 from aat_hf.tiling.tile_map import EXACT, TileMap
 from aat_hf.vulkan.errors import VulkanError
 from aat_hf.vulkan.interface import DeviceInfo
-from aat_hf.vulkan.shapes import Shape, candidates
+from aat_hf.vulkan.shapes import OTHER, Shape, candidates
 
-VERSION = 1
+VERSION = 2
 _MARGIN = 0.9  # of the CPU's time, above which moving the work is not worth it
 _log = logging.getLogger("aat_hf")
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Seconds of one direction of attention: a call, a byte moved, a product of one query and one key element.
+    """Seconds of a computation: a call, a byte moved, a product (attention: of one query and one key element).
 
-    `cpu_product` is the CPU kernel's time for such a product on this machine.
+    `cpu_product` is the CPU's time for such a product on this machine. An element-wise operation has one an element.
     """
 
     call: float
@@ -39,9 +39,10 @@ class Direction:
     product: float
     cpu_product: float
 
-    def pays(self, moved: float, products: float) -> bool:
-        """Whether the device is the faster one, transfers included."""
-        return self.call + moved * self.byte + products * self.product < _MARGIN * products * self.cpu_product
+    def pays(self, moved: float, products: float, padding: float = 1.0) -> bool:
+        """Whether the device is the faster one, transfers included; it computes `padding` times the products."""
+        on_device = self.call + moved * self.byte + padding * products * self.product
+        return on_device < _MARGIN * products * self.cpu_product
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,16 @@ class Costs:
 
 
 class Profile(NamedTuple):
-    """What was measured: workgroup shapes by `key`, and costs."""
+    """What was measured: workgroup shapes by `key`, costs of attention, and of plain operations by name."""
 
     shapes: dict[str, Shape]
     costs: list[Costs]
+    operations: dict[str, Direction]
+
+    @classmethod
+    def empty(cls) -> Profile:
+        """Nothing was measured."""
+        return cls({}, [], {})
 
 
 def path(device: DeviceInfo) -> Path:
@@ -76,6 +83,7 @@ def save(device: DeviceInfo, profile: Profile) -> Path:
         "driver": device.driver,
         "shapes": {name: [shape.threads, shape.rows, shape.chunk] for name, shape in profile.shapes.items()},
         "costs": [asdict(entry) for entry in profile.costs],
+        "operations": {name: asdict(costs) for name, costs in profile.operations.items()},
     }
     part = file.with_suffix(".part")
     part.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
@@ -90,16 +98,17 @@ def load(device: DeviceInfo) -> Profile:
     """The profile of a device, empty when it was not measured with this driver."""
     file = path(device)
     if os.environ.get("AAT_PROFILE", "").lower() == "none" or not file.is_file():
-        return Profile({}, [])
+        return Profile.empty()
     try:
         stored = json.loads(file.read_text("utf-8"))
         if stored["version"] != VERSION or stored["driver"] != device.driver:
-            return Profile({}, [])
+            return Profile.empty()
         shapes = {name: Shape(*map(int, values)) for name, values in stored["shapes"].items()}
-        return Profile(shapes, [_costs(entry) for entry in stored["costs"]])
+        operations = {str(name): _direction(costs) for name, costs in stored["operations"].items()}
+        return Profile(shapes, [_costs(entry) for entry in stored["costs"]], operations)
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s cannot be used (%s): run `aat calibrate --device vulkan`, or remove it", file, error)
-        return Profile({}, [])
+        return Profile.empty()
 
 
 def shape(device: DeviceInfo, role: str, head_vectors: int, value_vectors: int, tile: int) -> Shape:
@@ -128,12 +137,13 @@ def pays(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap) -> bool:
     if q.device.type != "cpu":
         return False
     dtype = str(q.dtype).removeprefix("torch.")
-    known = [entry for entry in measured() if entry.dtype == dtype]
+    known = [entry for entry in measured().costs if entry.dtype == dtype]
     if not known:
         return False
     nearest = min(known, key=lambda entry: abs(entry.head_dim - q.shape[3]))
-    moved, products = load_of(q, k, v, int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile)
-    return nearest.forward.pays(moved, products) and nearest.backward.pays(moved, products)
+    load = load_of(q, k, v, int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile)
+    padding = -(-tile_map.key_tile // OTHER) * OTHER / tile_map.key_tile  # the shaders take keys by blocks
+    return nearest.forward.pays(*load, padding) and nearest.backward.pays(*load, padding)
 
 
 def load_of(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[float, float]:
@@ -142,20 +152,25 @@ def load_of(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=1)
-def measured() -> list[Costs]:
-    """Costs of the device in use; none when no device was measured, or it is a software driver."""
+def measured() -> Profile:
+    """Of the device in use; empty when no device was measured, or it is a software driver."""
     if os.environ.get("AAT_PROFILE", "").lower() == "none" or not any(cache_dir().glob("vulkan-*.json")):
-        return []
+        return Profile.empty()
     from aat_hf.vulkan.provider import get_provider  # opens the device: only where it was measured
 
     try:
         device = get_provider().device
     except VulkanError as error:
         _log.warning("a Vulkan device was measured, but none is used: %s", error)
-        return []
-    return [] if device.kind == "cpu" else load(device).costs
+        return Profile.empty()
+    return Profile.empty() if device.kind == "cpu" else load(device)
 
 
 def _costs(entry: dict[str, Any]) -> Costs:
-    directions = (Direction(**{k: float(x) for k, x in entry[way].items()}) for way in ("forward", "backward"))
-    return Costs(str(entry["dtype"]), int(entry["head_dim"]), *directions)
+    return Costs(
+        str(entry["dtype"]), int(entry["head_dim"]), _direction(entry["forward"]), _direction(entry["backward"])
+    )
+
+
+def _direction(entry: dict[str, Any]) -> Direction:
+    return Direction(**{name: float(seconds) for name, seconds in entry.items()})

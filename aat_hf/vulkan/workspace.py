@@ -1,18 +1,21 @@
-"""The buffers of one operation: taken from the provider's pool, filled, read, given back."""
+"""The buffers of one operation: taken from the provider's pool together, filled, read, given back."""
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.vulkan import lowering
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider
+
+Content: TypeAlias = "Tensor | NDArray[np.generic] | int"
+"""Rows of a tensor (..., dim) in its own dtype, padded to whole vectors; 32-bit words of an array; or room in bytes."""
 
 _pools: dict[Provider, BufferPool] = {}  # a pool keeps its provider
 _lock = threading.Lock()
@@ -40,10 +43,7 @@ def rates() -> dict[str, float]:
 
 
 class Workspace:
-    """Buffers that live as long as the `with` block.
-
-    What `rows`, `words` and `zeros` made is uploaded with the next `run`; what `run` is told to fetch is downloaded.
-    """
+    """Buffers that live as long as the `with` block; what `buffers` filled is uploaded with the next `run`."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider, self._pool = provider, pool_of(provider)
@@ -56,34 +56,35 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for buffer in reversed(self._owned):  # the next call gets the same buffers for the same roles
+        for buffer in self._owned:
             self._pool.recycle(buffer)
 
-    def empty(self, nbytes: int, *, exact: bool = True) -> Buffer:
-        """A buffer that a shader will fill; `exact`: of a size that recurs from call to call."""
-        buffer = self._pool.acquire(max(4, nbytes), exact=exact)
-        self._owned.append(buffer)
-        return buffer
+    def buffers(self, *contents: Content) -> list[Buffer]:
+        """A buffer for each of the contents; they are planned together, so ask for all of an operation at once.
 
-    def rows(self, x: Tensor) -> Buffer:
-        """`x` (..., dim) with rows padded to whole vectors, in its own dtype."""
-        buffer = self.empty(lowering.row_bytes(x))
-        lowering.write_rows(buffer, x)
-        self._fresh.append(buffer)
-        return buffer
-
-    def words(self, words: NDArray[np.generic]) -> Buffer:
-        """Numbers of 32 bits, as many as it takes: a map has other tiles every time."""
-        buffer = self.empty(words.nbytes, exact=False)
-        lowering.write_words(buffer, words)
-        self._fresh.append(buffer)
-        return buffer
-
-    def result(self, shape: torch.Size | tuple[int, ...]) -> Buffer:
-        """Room for float32 rows of `shape` (..., dim)."""
-        return self.empty(lowering.row_bytes(torch.empty(shape, dtype=torch.float32, device="meta")))
+        Raises:
+            VulkanLimitError, OutOfDeviceMemoryError: as `BufferPool.acquire`; nothing was taken.
+        """
+        taken = self._pool.acquire(*map(_size, contents))
+        self._owned += taken
+        for buffer, content in zip(taken, contents, strict=True):
+            if isinstance(content, int):
+                continue
+            if isinstance(content, Tensor):
+                lowering.write_rows(buffer, content)
+            else:
+                lowering.write_words(buffer, content)
+            self._fresh.append(buffer)
+        return taken
 
     def run(self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = ()) -> None:
         """Upload what is new, run, download `fetch`."""
         fresh, self._fresh = self._fresh, []
         self._provider.submit(dispatches, upload=fresh, download=fetch)
+
+
+def _size(content: Content) -> int:
+    """Bytes of a buffer for it."""
+    if isinstance(content, int):
+        return max(4, content)
+    return lowering.row_bytes(content) if isinstance(content, Tensor) else max(4, content.nbytes)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
-from typing import NoReturn
 
 import pytest
+from absent import absent
 
 from aat_hf.vulkan.guard import PACKAGES
 from aat_hf.vulkan.interface import DeviceInfo, Provider
 from aat_hf.vulkan.probe import probe
 from aat_hf.vulkan.provider import installed, make
-
-
-def absent(reason: str) -> NoReturn:
-    if os.environ.get("AAT_REQUIRE_VULKAN"):
-        pytest.fail(f"AAT_REQUIRE_VULKAN is set, but {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

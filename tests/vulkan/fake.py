@@ -30,7 +30,7 @@ DEVICE = DeviceInfo(
 
 class FakeBuffer:
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
+        self.nbytes = self.used = nbytes
 
     def view(self) -> np.ndarray:
         return np.zeros(self.nbytes, np.uint8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inputs import peaked
 from kernel_cases import CPU, MASKS, inputs, oracle, random_map
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import aat_hf
 from aat_hf.attention import tiled_attention
@@ -183,8 +183,8 @@ def test_no_room_on_the_device(monkeypatch, caplog):
     expected = cpu_attention(*tensors, tile_map, mask, 0.2)
     from_device = vulkan_attention(*tensors, tile_map, mask, 0.2)
 
-    def full(pool, nbytes, *, exact=False):
-        raise OutOfDeviceMemoryError(f"no room for {nbytes} bytes")
+    def full(pool, *sizes):
+        raise OutOfDeviceMemoryError(f"no room for {sum(sizes)} bytes")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "aat_hf"):
         patch.setattr(BufferPool, "acquire", full)
@@ -259,6 +259,26 @@ def test_a_training_step_has_the_same_gradients():
         model(input_ids=tokens, labels=tokens).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     for mine, theirs in zip(*grads, strict=True):
+        assert distance(mine, theirs.double()) < 1e-5
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.found = [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_a_trainer_step_has_the_same_gradients(tmp_path):
+    pytest.importorskip("accelerate")
+    data = [dict(input_ids=row, labels=row) for row in torch.randint(64, (2, 120))]
+    silent = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, **silent)
+    kept = []
+    for backend in ("vulkan", "cpu"):
+        kept.append(Gradients())
+        Trainer(tiny_model(backend), arguments, train_dataset=data, callbacks=kept[-1:]).train()
+    for mine, theirs in zip(kept[0].found, kept[1].found, strict=True):
         assert distance(mine, theirs.double()) < 1e-5
 
 

@@ -33,7 +33,7 @@ def measured(monkeypatch, tmp_path):
         fake = FakeProvider(0)
         fake.device = device
         monkeypatch.setattr(provider, "get_provider", lambda: fake)
-        profile.save(device, Profile({}, [Costs("float32", 64, forward, backward)]))
+        profile.save(device, Profile({}, [Costs("float32", 64, forward, backward)], {}))
 
     yield store
     profile.load.cache_clear()
@@ -46,19 +46,21 @@ def call(dtype=torch.float32, device="cpu"):
 
 
 def test_it_comes_back_as_it_was_saved(measured):
-    stored = Profile({profile.key("forward", 16, 16): Shape(64, 4, 16)}, [Costs("float32", 64, FASTER, SLOWER)])
+    stored = Profile(
+        {profile.key("forward", 16, 16): Shape(64, 4, 16)}, [Costs("float32", 64, FASTER, SLOWER)], {"add": FASTER}
+    )
     measured(FASTER, FASTER)
     path = profile.save(GPU, stored)
     assert path.name == "vulkan-a-fast-gpu-0000-0000.json"
     assert profile.load(GPU) == stored
-    assert profile.load(dataclasses.replace(GPU, driver=2)) == Profile({}, [])  # another driver: measured anew
+    assert profile.load(dataclasses.replace(GPU, driver=2)) == Profile.empty()  # another driver: measured anew
 
 
 def test_a_broken_file_is_told_and_ignored(measured, caplog):
     measured(FASTER, FASTER)
     profile.path(GPU).write_text("{}", "utf-8")
     with caplog.at_level(logging.WARNING, "aat_hf"):
-        assert profile.load(GPU) == Profile({}, [])
+        assert profile.load(GPU) == Profile.empty()
     assert "aat calibrate --device vulkan" in caplog.text
 
 
@@ -115,6 +117,16 @@ def test_break_even_counts_bytes_and_products():
     assert not direction.pays(moved=1e6, products=1e8)  # 2.1 ms against 0.9 of 1 ms
     assert direction.pays(moved=1e6, products=1e9)  # 3 ms against 9 ms
     assert not direction.pays(moved=1e7, products=1e9)  # 12 ms against 9 ms
+    assert not direction.pays(moved=1e6, products=1e9, padding=8)  # 10 ms against 9 ms
+
+
+@pytest.mark.parametrize(("key_tile", "expected"), [(16, False), (32, True), (48, False), (64, True)])
+def test_keys_of_a_tile_count_by_the_blocks_they_take(measured, key_tile, expected):
+    even = Direction(0.0, 0.0, 0.8, 1.0)  # faster, but not with a third more to compute
+    measured(even, even)
+    q = torch.zeros(1, 2, 64, 64)
+    tile_map = TileMap.dense(full_mask(64, 64, torch.device("cpu")), 1, 2, 32, key_tile)
+    assert profile.pays(q, q, q, tile_map) is expected
 
 
 def test_costs_are_found_again_from_times():
@@ -135,7 +147,7 @@ def test_a_measured_shape_is_used_where_it_fits(measured):
     measured(FASTER, FASTER)
     offered = candidates(GPU, "forward", 16, 16)
     assert profile.shape(GPU, "forward", 16, 16, 64) == offered[0]
-    profile.save(GPU, Profile({profile.key("forward", 16, 16): offered[1]}, []))
+    profile.save(GPU, Profile({profile.key("forward", 16, 16): offered[1]}, [], {}))
     assert profile.shape(GPU, "forward", 16, 16, 64) == offered[1]
     assert profile.shape(GPU, "forward", 16, 16, 16).own <= 16  # a tile of 16 rows would leave the others idle
 

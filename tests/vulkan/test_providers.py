@@ -7,39 +7,12 @@ import threading
 
 import numpy as np
 import pytest
-from bare_process import process
 
 from aat_hf.vulkan.errors import VulkanError, VulkanLimitError
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider, float_bits
 
 pytestmark = pytest.mark.vulkan
 COUNT = 100
-
-VALIDATED = """
-import dataclasses, sys
-import numpy as np
-from aat_hf.vulkan import limits, provider
-from aat_hf.vulkan.interface import Dispatch, float_bits
-from aat_hf.vulkan.probe import probe
-{change}
-made = provider.make("{binding}", dataclasses.replace(probe().devices[0], kind="{kind}"))
-x, y = made.buffer(400), made.buffer(400)
-def step(source, target):
-    return Dispatch("smoke", (source, target), (4, 1, 1), (32, 1), (100, float_bits(1.0)))
-x.view()[:] = 0
-made.submit([step(x, y), step(y, x)] * 25, upload=[x, y], download=[x, y])
-made.submit([step(x, x)], upload=[x], download=[x])
-made.submit([step(x, y)], upload=[x], download=[x, y])
-made.submit([], upload=[x], download=[x])
-print("result", int(y.view().view(np.float32)[0]))
-made.release(x)
-made.close()
-"""
-LAYERS = {
-    "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
-    "VK_LAYER_ENABLES": "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT",
-    "VK_KHRONOS_VALIDATION_VALIDATE_SYNC": "true",
-}
 
 
 def numbers(buffer: Buffer) -> np.ndarray:
@@ -181,25 +154,6 @@ def test_threads_share_a_provider(provider):
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def complaints(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "VUID" in line or "SYNC-HAZARD" in line or "Validation" in line]
-
-
-@pytest.mark.parametrize("kind", ["cpu", "discrete"])
-def test_the_validation_layers_find_nothing(binding: str, kind: str):
-    done = process(VALIDATED.format(binding=binding, kind=kind, change=""), **LAYERS)
-    assert done.returncode == 0, done.stderr
-    assert not complaints(done.stdout + done.stderr)
-    assert "result 52" in done.stdout
-
-
-def test_the_validation_layers_are_on(binding: str):
-    """Without barriers they have to complain; else the test above could not fail."""
-    change = "limits.batches = lambda dispatches: [list(dispatches)] if dispatches else []"
-    done = process(VALIDATED.format(binding=binding, kind="discrete", change=change), **LAYERS)
-    assert any("SYNC-HAZARD" in line for line in complaints(done.stdout + done.stderr)), done.stderr
 
 
 def test_memory_is_steady_over_a_thousand_submissions(provider, xyz):

@@ -48,34 +48,6 @@ def test_sources_compile_to_the_binaries(source, tmp_path):
 
 
 @vulkan
-@pytest.mark.parametrize("shape", [(1,), (5, 7), (64, 64), (3, 1000)])
-@pytest.mark.parametrize("operation", sorted(ops.ELEMENTWISE))
-def test_elementwise(provider, operation, shape):
-    a, b = torch.randn(shape), torch.randn(shape)
-    expected = {"add": a + b, "mul": a * b, "relu": a.relu()}[operation]
-    found = ops.elementwise(provider, operation, a, None if operation == "relu" else b)
-    assert torch.equal(found, expected)
-
-
-@vulkan
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 5, 123, 7), (1, 64, 64, 64), (1, 130, 31, 257)])
-def test_matmul(provider, sizes):
-    batch, rows, depth, columns = sizes
-    a, b = torch.randn(batch, rows, depth), torch.randn(batch, depth, columns)
-    found = same_twice(lambda: ops.matmul(provider, a, b))
-    assert distance(found, a.double() @ b.double()) < LIMIT
-
-
-@vulkan
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 300)])
-def test_softmax(provider, shape):
-    a = 20 * torch.randn(shape)
-    a[..., 0] = 80.0
-    found = same_twice(lambda: ops.softmax(provider, a))
-    assert distance(found, a.double().softmax(-1)) < LIMIT
-
-
-@vulkan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("keys", "key_tile", "groups", "dim"), [(150, 64, 4, 24), (33, 32, 1, 3), (64, 16, 16, 64)])
 def test_tile_moments(provider, dtype, keys, key_tile, groups, dim):
