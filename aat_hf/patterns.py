@@ -1,7 +1,9 @@
 """What a head does: local, sink, vertical, slash, block, periodic, dense, or a pattern of your own.
 
-What a user of attention gets: a name for every head, from its tile map alone (so that `record` can give it for every
-layer of a run) or from its attention weights, and how much of the map each pattern accounts for.
+What a user of attention gets: a name for every head and how much of its map each pattern accounts for, from attention
+weights, from the tile masses that selection estimates, or from a tile map. Masses name heads nearly as attention does.
+A tile map says where something was kept, not how much is there: it shows lines, blocks and periods outside the sink
+and the local band, and cannot tell a sink or a local head from the lines that are kept beside it.
 
 A pattern is a function from `HeadMaps` to a score in [0, 1] for every head; a head has the name of its highest score,
 or "mixed" when none reaches `THRESHOLD`. `register_pattern` adds one. The structure of the part outside sink and local
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from aat_hf.crystal.gauge import Explained, Fit, explained, fit_scores
+from aat_hf.crystal.gauge import Explained, Fit, block_fraction, explained, fit_scores
+from aat_hf.crystal.periodic import repetition
 from aat_hf.crystal.scales import coarsen
-from aat_hf.quantum.operators import tile_average
 from aat_hf.tiling.masks import NONE
 from aat_hf.tiling.tile_map import TileMap
 
@@ -30,6 +32,7 @@ MIXED = "mixed"
 _CELLS = 64  # a side of the map that attention is averaged to
 _BLOCKS = range(2, 9)  # a side that "block" looks for
 _FLOOR = 1e-2  # of the uniform share of a key: less attention counts as that
+_TINY = torch.finfo(torch.float32).tiny
 _STEPS = 12  # of the fits: fractions of variance are then right to a percent
 
 
@@ -40,6 +43,13 @@ class KeptCells(NamedTuple):
     """
 
     kept: Tensor
+    allowed: Tensor
+
+
+class MassCells(NamedTuple):
+    """Probability and number of allowed tiles in square cells, (1, heads, rows, columns) float32, like `KeptCells`."""
+
+    mass: Tensor
     allowed: Tensor
 
 
@@ -119,21 +129,28 @@ def names_of(scores: Mapping[str, Tensor]) -> list[str]:
 @torch.no_grad()
 def kept_cells(tile_map: TileMap) -> KeptCells:
     """Reduce a tile map to the cells that `classify` looks at: the mean of the batch, at most 64 cells a side."""
-    side = math.gcd(tile_map.query_tile, tile_map.key_tile)
-    down, across = tile_map.query_tile // side, tile_map.key_tile // side
-    factor = _factor(across * tile_map.shape[3])
+    kept, allowed = (
+        _cells(x, tile_map.query_tile, tile_map.key_tile) for x in (tile_map.exact, tile_map.states != NONE)
+    )
+    return KeptCells(kept, allowed.expand(kept.shape))
 
-    def cells(x: Tensor) -> Tensor:
-        x = x.float().mean(0, keepdim=True).repeat_interleave(down, 2).repeat_interleave(across, 3)
-        return avg_pool2d(x, factor, ceil_mode=True).cpu()
 
-    kept = cells(tile_map.exact)
-    return KeptCells(kept, cells(tile_map.states != NONE).expand(kept.shape))
+@torch.no_grad()
+def mass_cells(mass: Tensor, states: Tensor, query_tile: int, key_tile: int) -> MassCells:
+    """Reduce tile masses to the cells that `classify` looks at, as `kept_cells` does.
+
+    Args:
+        mass: (batch, heads, query_tiles, key_tiles) probabilities, measured or estimated; NaN counts as 0.
+        states: broadcastable to mass, how the mask meets each pair (`TileMap.states`).
+        query_tile, key_tile: rows and keys of a tile.
+    """
+    found = _cells(mass.nan_to_num(nan=0.0), query_tile, key_tile, 1)
+    return MassCells(found, _cells(states != NONE, query_tile, key_tile, 1).expand(found.shape))
 
 
 @torch.no_grad()
 def classify(
-    source: TileMap | KeptCells | Tensor, *, allowed: Tensor | None = None, tile: int | None = None
+    source: TileMap | KeptCells | MassCells | Tensor, *, allowed: Tensor | None = None, tile: int | None = None
 ) -> Patterns:
     """Name each head by its pattern.
 
@@ -141,8 +158,8 @@ def classify(
     says that there is little else. How much a sink holds only the attention shows.
 
     Args:
-        source: a tile map (its batch becomes one), what is left of it, or attention probabilities (batch, heads,
-            queries, keys); the last query stands at the last key.
+        source: a tile map (its batch becomes one), what is left of it or of tile masses, or attention probabilities
+            (batch, heads, queries, keys); the last query stands at the last key.
         allowed: bool, broadcastable to the attention: what its mask leaves; where it is positive, by default the pairs
             up to the last positive one of each row.
         tile: tokens of attention in a cell; by default so many that 64 cells cover the keys. Periods are found from
@@ -151,8 +168,12 @@ def classify(
     Raises:
         ValueError: attention of another shape; a pattern gave scores of another shape than (batch, heads).
     """
-    source = kept_cells(source) if isinstance(source, TileMap) else source
-    maps = _of_cells(source) if isinstance(source, KeptCells) else _of_attention(source, allowed, tile)
+    if isinstance(source, MassCells):
+        maps = _of_shares(source.mass / source.mass.sum(-1, keepdim=True).clamp(min=_TINY), source.allowed)
+    elif isinstance(source, Tensor):
+        maps = _of_attention(source, allowed, tile)
+    else:
+        maps = _of_cells(kept_cells(source) if isinstance(source, TileMap) else source)
     scores = {name: pattern(maps) for name, pattern in PATTERNS.items()}
     for name, score in scores.items():
         if score.shape != maps.far.shape:
@@ -178,18 +199,18 @@ def dense(maps: HeadMaps) -> Tensor:
 
 def vertical(maps: HeadMaps) -> Tensor:
     """Which key it is explains the map, and no period does."""
-    return maps.far * maps.explained.vertical * (1 - _repetition(maps.fit.column))
+    return maps.far * maps.explained.vertical * (1 - repetition(maps.fit.column))
 
 
 def slash(maps: HeadMaps) -> Tensor:
     """The offset of query and key explains the map, and no period does."""
-    return maps.far * maps.explained.slash * (1 - _repetition(maps.fit.offset))
+    return maps.far * maps.explained.slash * (1 - repetition(maps.fit.offset))
 
 
 def periodic(maps: HeadMaps) -> Tensor:
     """Columns or offsets come in a period: their spectrum is Bragg peaks."""
-    columns = maps.explained.vertical * _repetition(maps.fit.column)
-    offsets = maps.explained.slash * _repetition(maps.fit.offset)
+    columns = maps.explained.vertical * repetition(maps.fit.column)
+    offsets = maps.explained.slash * repetition(maps.fit.offset)
     return maps.far * torch.maximum(columns, offsets)
 
 
@@ -202,13 +223,22 @@ for _pattern in (local, sink, vertical, slash, block, periodic, dense):
     register_pattern(_pattern.__name__, _pattern)
 
 
+def _cells(x: Tensor, query_tile: int, key_tile: int, divisor: int | None = None) -> Tensor:
+    """Means over square cells of tiles, or sums with divisor 1, of the mean of the batch; at most `_CELLS` a side."""
+    side = math.gcd(query_tile, key_tile)
+    factor = _factor(key_tile // side * x.shape[3])
+    x = x.float().mean(0, keepdim=True)
+    x = x.repeat_interleave(query_tile // side, 2).repeat_interleave(key_tile // side, 3)
+    return avg_pool2d(x, factor, ceil_mode=True, divisor_override=divisor).cpu()
+
+
 def _of_cells(cells: KeptCells) -> HeadMaps:
     kept, allowed = cells.kept, cells.allowed > 0
     image = kept / torch.where(allowed, cells.allowed, 1.0)
     band, sink = _band(allowed), _sink(allowed)
     given = (kept * (band | sink)).sum(-1, keepdim=True)
     share = torch.where(band | sink, kept / torch.where(given > 0, given, 1.0), kept)
-    share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    share = share / share.sum(-1, keepdim=True).clamp(min=_TINY)
     return _head_maps(share, image, allowed)
 
 
@@ -220,11 +250,15 @@ def _of_attention(attention: Tensor, allowed: Tensor | None, tile: int | None) -
     seen = up_to_last if allowed is None else allowed.expand(attention.shape)
     tile = _factor(attention.shape[-1]) if tile is None else tile
     wide = coarsen(attention.to(torch.promote_types(attention.dtype, torch.float32)), tile)
-    visible = coarsen(seen.float(), tile)
+    return _of_shares(wide, coarsen(seen.float(), tile))
+
+
+def _of_shares(share: Tensor, visible: Tensor) -> HeadMaps:
+    """Maps of probabilities of cells and the number of keys that a row sees in each."""
     allowed = visible > 0
     uniform = visible / visible.sum(-1, keepdim=True).clamp(min=1e-30)
-    image = (wide / torch.where(allowed, uniform, 1.0)).clamp(min=_FLOOR).log()
-    return _head_maps(wide, image, allowed)
+    image = (share / torch.where(allowed, uniform, 1.0)).clamp(min=_FLOOR).log()
+    return _head_maps(share, image, allowed)
 
 
 def _head_maps(share: Tensor, image: Tensor, allowed: Tensor) -> HeadMaps:
@@ -241,7 +275,7 @@ def _head_maps(share: Tensor, image: Tensor, allowed: Tensor) -> HeadMaps:
         far=_row_average((share * rest).sum(-1), allowed),
         explained=Explained(*(torch.where(varies, x, 0.0) for x in fractions)),
         fit=fit_scores(image, rest, steps=_STEPS),
-        blocks=torch.where(varies, _block_fraction(flat, rest.to(flat)), 0.0),
+        blocks=torch.where(varies, block_fraction(flat, rest.to(flat), _BLOCKS), 0.0),
     )
 
 
@@ -264,33 +298,3 @@ def _row_average(value: Tensor, allowed: Tensor) -> Tensor:
     """Mean over rows (batch, heads, rows), weighted by what they see: long rows say more about a head."""
     weight = allowed.sum(-1).to(value)
     return (value * weight).sum(-1) / weight.sum(-1).clamp(min=1)
-
-
-def _block_fraction(image: Tensor, weight: Tensor) -> Tensor:
-    """Largest fraction of the variance of row-centred images that is between blocks, over grids of 2 to 8 a side."""
-    best = torch.zeros_like(image[..., 0, 0])
-    whole = (weight * image.square()).sum((-2, -1))
-    for side in sorted({-(-image.shape[-1] // count) for count in _BLOCKS} - {1}):
-        mass, mean = (tile_average(tile_average(x, side).mT, side).mT for x in (weight, image * weight))
-        between = (weight * (mean / torch.where(mass > 0, mass, 1.0)).square()).sum((-2, -1))
-        best = torch.maximum(best, between / torch.where(whole > 0, whole, 1.0))
-    return best
-
-
-def _repetition(profile: Tensor) -> Tensor:
-    """Share of the power of profiles (..., n) in the Bragg peaks of one period, the best one, less what noise has.
-
-    By Poisson summation it is the autocorrelation at the multiples of the period; at least three must fit.
-    """
-    seen = profile != 0
-    count = seen.sum(-1, keepdim=True).to(profile)
-    n = profile.shape[-1]
-    power = torch.fft.rfft(profile, 2 * n).abs().square()
-    correlation = torch.fft.irfft(power, 2 * n)[..., :n]
-    lag, period = torch.arange(1, n, device=profile.device), torch.arange(2, max(3, n // 3 + 1), device=profile.device)
-    comb = (lag % period[:, None] == 0).to(profile)
-    whole = correlation[..., :1]
-    noise = period / count.clamp(min=1)
-    peaks = noise * (1 + 2 * (correlation[..., 1:] @ comb.mT) / torch.where(whole > 0, whole, 1.0))
-    fraction = torch.where(noise <= 1 / 3, (peaks - noise) / (1 - noise.clamp(max=1 / 3)), 0.0)
-    return torch.where(whole[..., 0] > 0, fraction.amax(-1).clamp(0, 1), 0.0)

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import torch
 from theory_layers import TOKENS, Layers, layers_of, read_layers
+from theory_patterns import pattern_numbers
 from torch import Tensor
 
 from aat_hf.bench._common import environment, load, tokens_of
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         canvas.savefig(out / f"{name}.png", dpi=110)
         pyplot.close(canvas)
     hyperbolic_numbers(code)
+    pattern_numbers(code)
     return 0
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aat_hf import patterns, tiled_attention
-from aat_hf.patterns import MIXED, PATTERNS, classify, kept_cells, register_pattern
+from aat_hf.patterns import MIXED, PATTERNS, classify, kept_cells, mass_cells, register_pattern
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import TileMap
 
@@ -136,3 +136,13 @@ def test_a_real_call_can_be_classified(small):
     result = tiled_attention(q, k, k, config=small, is_causal=True)
     assert result.path == "tiled"
     assert set(classify(result.tile_map).names[0]) <= {*PATTERNS, MIXED}
+
+
+@pytest.mark.parametrize("query_tile", [32, 64])
+def test_masses_of_tiles_name_heads_as_their_attention_does(query_tile):
+    scores = [7.0 * (COL == 0) + 0 * ROW, -0.8 * (ROW - COL), 6.0 * PLANTED["vertical"], 6.0 * PLANTED["slash"]]
+    weights = torch.stack([attention(s) for s in scores])[None]
+    mass = weights.unflatten(2, (-1, query_tile // 32)).mean(3)
+    states = causal_mask(32 * N, 32 * N, torch.device("cpu")).tile_states(query_tile, 32)
+    found = classify(mass_cells(mass, states, query_tile, 32))
+    assert found.names == classify(weights).names == [["sink", "local", "vertical", "slash"]]

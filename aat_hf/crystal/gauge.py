@@ -12,6 +12,7 @@ a (i - j): it is given to t (as in ALiBi), c and t have weighted mean 0. Source:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,22 @@ def explained(scores: Tensor, weight: Tensor, tile: int, steps: int = 200) -> Ex
     left = rest - spread
     block = _fraction(_variance(left, wide_weight), whole) - both
     return Explained(*(x.to(real_dtype(scores)) for x in (vertical, slash, both, block)))
+
+
+def block_fraction(scores: Tensor, weight: Tensor, counts: Iterable[int]) -> Tensor:
+    """Largest fraction of the variance of row-centred scores that is between square blocks: (...) in [0, 1].
+
+    Args:
+        scores, weight: (..., queries, keys), the weight >= 0.
+        counts: numbers of blocks along the keys that are tried; blocks of a single entry are not.
+    """
+    best = torch.zeros_like(scores[..., 0, 0])
+    whole = (weight * scores.square()).sum((-2, -1))
+    for side in sorted({-(-scores.shape[-1] // count) for count in counts} - {1}):
+        mass, total = sum_blocks(weight, side), sum_blocks(scores * weight, side)
+        between = (total.square() / torch.where(mass > 0, mass, 1.0)).sum((-2, -1))
+        best = torch.maximum(best, between / torch.where(whole > 0, whole, 1.0))
+    return best
 
 
 def diagonal_sums(x: Tensor) -> Tensor:

@@ -81,6 +81,26 @@ def bragg_peak(kept: Tensor, shortest: int = 2, longest: int | None = None) -> B
     return BraggPeak(wavenumber, n / wavenumber, height, score)
 
 
+def repetition(profile: Tensor) -> Tensor:
+    """Share of the power of profiles (..., n) in the Bragg peaks of one period, less what noise has: (...) in [0, 1].
+
+    The best period counts; entries of 0 are not seen. By Poisson summation it is the autocorrelation at the multiples
+    of the period; at least three must fit.
+    """
+    seen = profile != 0
+    count = seen.sum(-1, keepdim=True).to(profile)
+    n = profile.shape[-1]
+    power = torch.fft.rfft(profile, 2 * n).abs().square()
+    correlation = torch.fft.irfft(power, 2 * n)[..., :n]
+    lag, period = torch.arange(1, n, device=profile.device), torch.arange(2, max(3, n // 3 + 1), device=profile.device)
+    comb = (lag % period[:, None] == 0).to(profile)
+    whole = correlation[..., :1]
+    noise = period / count.clamp(min=1)
+    peaks = noise * (1 + 2 * (correlation[..., 1:] @ comb.mT) / torch.where(whole > 0, whole, 1.0))
+    fraction = torch.where(noise <= 1 / 3, (peaks - noise) / (1 - noise.clamp(max=1 / 3)), 0.0)
+    return torch.where(whole[..., 0] > 0, fraction.amax(-1).clamp(0, 1), 0.0)
+
+
 def periodic_part(attention: Tensor, period: int) -> Tensor:
     """Blocks A_m, the mean over cells c of the block (c, c + m) of a map on a ring: (..., n, n) -> (..., cells, P, P).
 

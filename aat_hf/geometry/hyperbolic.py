@@ -10,6 +10,7 @@ Computed in float64 and returned in the inputs' dtype. The formulae, with their 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from aat_hf.geometry import lorentz, poincare, smooth
+from aat_hf.geometry import lorentz, pairs, poincare, smooth
 from aat_hf.geometry.blocks import in_blocks
 
 _EPS64 = torch.finfo(torch.float64).eps
@@ -48,20 +49,17 @@ class _Hyperbolic:
         return x.to(dtype) if self._is_unit else (x / self._root(x)).to(dtype)
 
     def _half(self, x: Tensor, y: Tensor) -> Tensor:
+        """sinh(sqrt c d / 2)^2: (..., 1) float64."""
         raise NotImplementedError
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Distance, 2 asinh(sqrt h) / sqrt c with h = sinh(sqrt c d / 2)^2: (...); its gradient at x = y is 0."""
-        dtype = _dtype(x, y)
-        distance = in_blocks(
-            lambda x, y: self._restore(2 * smooth.positive_sqrt(self._half(x, y)).asinh(), dtype), x, y
-        )
+        distance = self._restore(2 * smooth.positive_sqrt(self._half(x, y)).asinh(), _dtype(x, y))
         return distance if keepdim else distance.squeeze(-1)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Squared distance: (...); smooth everywhere, its gradient with respect to x is -2 logmap(x, y)."""
-        dtype, c = _dtype(x, y), self._root(x).square()
-        squared = in_blocks(lambda x, y: (4 * smooth.asinh_squared(self._half(x, y)) / c).to(dtype), x, y)
+        squared = (4 * smooth.asinh_squared(self._half(x, y)) / self._root(x).square()).to(_dtype(x, y))
         return squared if keepdim else squared.squeeze(-1)
 
 
@@ -81,7 +79,7 @@ class PoincareBall(_Hyperbolic):
     """
 
     def _half(self, x: Tensor, y: Tensor) -> Tensor:
-        return poincare.half(self._unit(x), self._unit(y))
+        return in_blocks(lambda x, y: poincare.half(self._unit(x), self._unit(y)), x, y)
 
     def _map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """A map of points and tangent vectors at curvature -1, at this one."""
@@ -172,7 +170,9 @@ class Lorentz(_Hyperbolic):
         return self._unit(x[..., 1:])
 
     def _half(self, x: Tensor, y: Tensor) -> Tensor:
-        return lorentz.half(self._space(x), self._space(y))
+        if pairs.suits(x, y) and not isinstance(self.c, Tensor):
+            return pairs.lorentz_half(x, y, math.sqrt(self.c))
+        return in_blocks(lambda x, y: lorentz.half(self._space(x), self._space(y)), x, y)
 
     def _point(self, u: Tensor, dtype: torch.dtype) -> Tensor:
         return self._restore(torch.cat([lorentz.time(u), u], -1), dtype)
@@ -215,11 +215,11 @@ class Lorentz(_Hyperbolic):
         """The velocity at x that reaches y in unit time: (..., n + 1)."""
         dtype = _dtype(x, y)
 
-        def log(x: Tensor, y: Tensor) -> Tensor:
+        def log(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
             at = self._space(x)
-            return self._tangent(at, lorentz.log(at, self._space(y)), dtype)
+            return self._tangent(at, lorentz.log(at, self._space(y), h), dtype)
 
-        return in_blocks(log, x, y)
+        return in_blocks(log, x, y, self._half(x, y))
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Parallel transport of v from x to y along the geodesic: (..., n + 1)."""

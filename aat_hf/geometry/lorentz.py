@@ -54,9 +54,8 @@ def exp(u: Tensor, v: Tensor) -> Tensor:
     return smooth.cosh_sqrt(squared) * u + smooth.sinhc_sqrt(squared) * v
 
 
-def log(u: Tensor, v: Tensor) -> Tensor:
-    """Logarithm map: d / sinh d (v - cosh d u), with cosh d - 1 = 2 h; the inverse of `exp`."""
-    h = half(u, v)
+def log(u: Tensor, v: Tensor, h: Tensor) -> Tensor:
+    """Logarithm map: d / sinh d (v - cosh d u), with cosh d - 1 = 2 h and h = `half`; the inverse of `exp`."""
     return smooth.asinh_ratio(h) * ((v - u) - 2 * h * u)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aat_hf.quantum._precision import real_dtype, widened
+from aat_hf.quantum._precision import components, real_dtype, widened
 from aat_hf.quantum._spectral import hermitian, log_psd, noise_floor
 from aat_hf.quantum.states import density_matrix, from_probabilities, gram_matrix, partial_trace
 
@@ -73,7 +73,7 @@ def renyi(rho: Tensor, order: float) -> Tensor:
 
 def purity(rho: Tensor) -> Tensor:
     """tr(rho^2) of a Hermitian `rho` (..., n, n), without eigenvalues: (...), in [1 / n, 1] at trace 1."""
-    return widened(rho).abs().square().sum((-2, -1)).to(real_dtype(rho))
+    return components(widened(rho)).square().sum((-2, -1)).to(real_dtype(rho))
 
 
 def relative_entropy(rho: Tensor, sigma: Tensor) -> Tensor:

@@ -113,3 +113,14 @@ def test_gradients():
     scores = gaussian(4, 4).requires_grad_()
     weight = torch.ones(4, 4).tril()
     assert torch.autograd.gradcheck(lambda s: gauge.fit_scores(s, weight).residual, (scores,), atol=1e-4)
+
+
+def test_block_fraction_of_planted_blocks_and_of_noise():
+    i = torch.arange(24)
+    planted = torch.randn(2, 6, 6, dtype=torch.float64).repeat_interleave(4, -2).repeat_interleave(4, -1)
+    weight = (i[:, None] >= i).double()
+    found = gauge.block_fraction(planted, weight, [6, 3])
+    assert torch.allclose(found, torch.ones(2, dtype=torch.float64))
+    noise = gauge.block_fraction(torch.randn(2, 24, 24, dtype=torch.float64), weight, [6])
+    assert (noise < 0.3).all() and (noise > 0).all()  # 21 blocks over 300 entries
+    assert gauge.block_fraction(torch.zeros(24, 24), weight.float(), [6]) == 0

@@ -127,3 +127,10 @@ def test_gradients():
     gone = torch.zeros(5).double().requires_grad_()
     (gradient,) = torch.autograd.grad(periodic.structure_factor(gone).sum(), gone)
     assert gradient.isfinite().all()
+
+
+def test_repetition_is_one_for_a_comb_and_small_for_noise():
+    comb = (torch.arange(96) % 6 == 2).double() - 1 / 6
+    assert periodic.repetition(comb) > 0.8
+    assert (periodic.repetition(torch.randn(20, 96, dtype=torch.float64)) < 0.35).all()
+    assert periodic.repetition(torch.zeros(96)) == 0

@@ -40,7 +40,7 @@ def test_distance_over_the_whole_range_against_60_digits():
     assert relative(fisher.distance(p.float(), r.float()), rows(fisher_rao, p.float(), r.float())) <= 1e-6
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 3), max_size=2),
     n=st.integers(1, 9),

@@ -107,7 +107,7 @@ def test_distance_in_float64_is_at_the_conditioning_limit(kind):
         assert relative(model.dist(x, y), exact_distance(model, x, y)) <= max(bound, 1e-14)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(MODELS),
     c=st.floats(1e-3, 1e3),
@@ -212,7 +212,7 @@ def test_flat_limit():
         assert relative(Lorentz(c).dist2(*lift), flat.square()) <= 20 * c
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 @given(
     kind=st.sampled_from(MODELS),
     dtype=st.sampled_from([torch.float32, torch.float64]),
