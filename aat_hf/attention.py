@@ -18,6 +18,7 @@ from aat_hf.kernels.dense import Extras, dense_attention
 from aat_hf.kernels.gather import gather_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.skip import skip_attention
+from aat_hf.patterns import MassCells
 from aat_hf.report.stages import Stages
 from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
@@ -45,6 +46,7 @@ class TiledAttentionResult:
         reason: why the call was not tiled, else None.
         weights: (batch, heads, queries, keys) where asked for.
         estimated: (batch, heads) infidelity the selector expected; in "skip" mode the certified bound's mean.
+        cells: the selector's masses as `patterns.classify` sees them, of audited calls in "tiled" mode.
         stages: milliseconds by stage.
     """
 
@@ -56,6 +58,7 @@ class TiledAttentionResult:
     reason: str | None = None
     weights: Tensor | None = None
     estimated: Tensor | None = None
+    cells: MassCells | None = None
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -105,7 +108,7 @@ def tiled_attention(
         bias: additive (batch or 1, heads or 1, queries, keys); such calls go to exact attention.
         dropout: dropout of attention weights; such calls go to exact attention.
         need_lse, need_weights: whether the log-sum-exp and the (exact) weights are wanted.
-        audit: whether to measure the realised infidelity.
+        audit: whether to measure the realised infidelity and keep the cells.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices or shapes; the message names them.
@@ -118,12 +121,13 @@ def tiled_attention(
     extras = Extras(softcap, sinks, bias, dropout)
     stages = Stages(q.device)
     reason = why_dense(q, k, v, config, extras, need_weights)
-    tile_map = estimated = None
+    tile_map = estimated = cells = None
     if reason is None:  # read several times: a strided view costs more than one copy
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if reason is None and config.mode == "tiled":
         with stages("select"):
-            tile_map, estimated = plan(Scene.of(q, k, mask, scale, config, softcap, sinks))
+            scene = Scene.of(q, k, mask, scale, config, softcap, sinks)
+            tile_map, estimated, cells = plan(scene, with_cells=audit)
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
         elif config.backend == "auto":
@@ -144,7 +148,7 @@ def tiled_attention(
         with stages("audit"):
             measured = _audit(q, k, mask, lse_kept, config, scale, extras)
     return TiledAttentionResult(
-        output, lse, tile_map, measured, config.mode, None, None, estimated, stages.milliseconds()
+        output, lse, tile_map, measured, config.mode, None, None, estimated, cells, stages.milliseconds()
     )
 
 

@@ -21,12 +21,13 @@ def test_heads_planned_in_groups_get_the_maps_of_the_whole(
     mask = causal_mask(300, 300, q.device)
     sinks = torch.linspace(-1, 1, heads) if with_sinks else None
     scene = Scene.of(q, k, mask, 0.25, small.replace(coarse=coarse), None, sinks)
-    whole, expected = planning.plan(scene)
+    whole, expected, cells = planning.plan(scene, with_cells=True)
     monkeypatch.setitem(planning._GROUP_CELLS, "cpu", 1)
     seen = []
     monkeypatch.setattr(planning, "_planned", lambda *part, of=planning._planned: seen.append(part) or of(*part))
-    parts, found = planning.plan(scene)
+    parts, found, of_parts = planning.plan(scene, with_cells=True)
     assert len(seen) == kv_heads
     assert torch.equal(parts.to_dense(), whole.to_dense()) and torch.equal(parts.cut, whole.cut)
     assert torch.allclose(found, expected)
+    assert all(torch.allclose(x, y) for x, y in zip(of_parts, cells, strict=True))
     assert 0 < float(whole.density.mean()) < 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aat_hf.kernels.dense import Extras, dense_attention
-from aat_hf.patterns import KeptCells, Patterns, classify, kept_cells
+from aat_hf.patterns import KeptCells, MassCells, Patterns, classify, kept_cells
 from aat_hf.report import metrics, stages
 from aat_hf.tiling.audit import half_width
 from aat_hf.tiling.tile_map import TileMap
@@ -54,7 +54,8 @@ class LayerRecord:
         estimated: (heads,) infidelity the selector expected, averaged likewise.
         infidelity: audited rows of all calls, (heads, rows); None when nothing was audited.
         tile_map: of the last call, when maps are kept.
-        cells: what `patterns` needs of the tile map of the last call; None when nothing was tiled.
+        cells: what `patterns` needs of the last call: the selector's masses, of "skip" mode the tile map; None when
+            nothing was tiled.
         milliseconds: by stage, all calls.
         observables: those asked for, of the last call, (heads,) or (heads, ...), mean over the batch.
     """
@@ -69,7 +70,7 @@ class LayerRecord:
     estimated: Tensor = field(default_factory=lambda: torch.zeros(()))
     infidelity: Tensor | None = None
     tile_map: TileMap | None = None
-    cells: KeptCells | None = None
+    cells: KeptCells | MassCells | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
     observables: dict[str, Tensor] = field(default_factory=dict)
     _patterns: Patterns | None = field(default=None, init=False, repr=False)
@@ -106,7 +107,7 @@ class LayerRecord:
             rows = result.audit.infidelity.float().cpu().transpose(0, 1).flatten(1)
             self.infidelity = rows if self.infidelity is None else torch.cat([self.infidelity, rows], -1)
         if result.tile_map is not None:
-            self.cells, self._patterns = kept_cells(result.tile_map), None
+            self.cells, self._patterns = result.cells or kept_cells(result.tile_map), None
         if keep_map:
             self.tile_map = result.tile_map
 

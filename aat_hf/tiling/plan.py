@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aat_hf.patterns import MassCells, mass_cells
 from aat_hf.tiling.layout import forced_tiles
+from aat_hf.tiling.masks import NONE
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
@@ -18,42 +21,60 @@ _GROUP_CELLS = {"cpu": 2**18}  # tile masses of the heads planned together: 1 Mi
 _MANY_CELLS = 2**26  # elsewhere: few launches
 
 
+class Plan(NamedTuple):
+    """What is to be computed.
+
+    Attributes:
+        tile_map: the tiles; None when nothing could be dropped.
+        expected: (batch, heads) infidelity by the selector's estimate.
+        cells: the estimated masses as `patterns.classify` sees them, where asked for.
+    """
+
+    tile_map: TileMap | None
+    expected: Tensor
+    cells: MassCells | None = None
+
+
 @torch.no_grad()
-def plan(scene: Scene) -> tuple[TileMap | None, Tensor]:
-    """The tile map of a call and the infidelity (batch, heads) expected of it; no map when nothing could be dropped.
+def plan(scene: Scene, with_cells: bool = False) -> Plan:
+    """The tile map of a call.
 
     Heads that share keys are planned together, and as many such groups as keep a grid of masses small.
     """
-    forced = forced_tiles(scene.mask, scene.states, scene.config)
-    if bool((forced == (scene.states != 0)).all()):
-        return None, torch.zeros(scene.q.shape[:2], device=scene.q.device)
-    levels, expected = zip(*(_planned(part, rules) for part, rules in _parts(scene, forced)), strict=True)
-    together = torch.cat(levels, 1) if len(levels) > 1 else levels[0]
-    tile_map = TileMap.from_dense(together, scene.states, scene.config.query_tile, scene.config.key_tile)
-    return tile_map, torch.cat(expected, 1)
+    config = scene.config
+    forced = forced_tiles(scene.mask, scene.states, config)
+    if bool((forced == (scene.states != NONE)).all()):
+        return Plan(None, torch.zeros(scene.q.shape[:2], device=scene.q.device))
+    planned = [_planned(part, forced, with_cells) for part in _parts(scene)]
+    levels, expected, cells = zip(*planned, strict=True)
+    tile_map = TileMap.from_dense(torch.cat(levels, 1), scene.states, config.query_tile, config.key_tile)
+    together = MassCells(*(torch.cat(part, 1) for part in zip(*cells, strict=True))) if with_cells else None
+    return Plan(tile_map, torch.cat(expected, 1), together)
 
 
-def _planned(scene: Scene, forced: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels (batch, heads, query_tiles, key_tiles) uint8 and expected infidelity (batch, heads)."""
-    mass = get_selector(scene.config.selector)(scene)
+def _planned(scene: Scene, forced: Tensor, with_cells: bool) -> tuple[Tensor, Tensor, MassCells | None]:
+    """Levels (batch, heads, query_tiles, key_tiles) uint8, expected infidelity (batch, heads), and cells if wanted."""
+    config = scene.config
+    mass = get_selector(config.selector)(scene)
     kept = select_and_repair(scene, mass, forced)
     expected = mass.masked_fill(kept, 0.0).sum(-1).mean(-1)
-    if not scene.config.coarse:
-        return kept.to(torch.uint8) * EXACT, expected
-    return torch.where(kept, EXACT, COARSE).to(torch.uint8), expected
+    cells = mass_cells(mass, scene.states, config.query_tile, config.key_tile) if with_cells else None
+    if not config.coarse:
+        return kept.to(torch.uint8) * EXACT, expected, cells
+    return torch.where(kept, EXACT, COARSE).to(torch.uint8), expected, cells
 
 
-def _parts(scene: Scene, forced: Tensor) -> Iterator[tuple[Scene, Tensor]]:
-    """The call in groups of heads, with their forced tiles."""
+def _parts(scene: Scene) -> Iterator[Scene]:
+    """The call in groups of heads."""
     batch, heads, kv_heads = *scene.q.shape[:2], scene.k.shape[1]
     cells = batch * heads * scene.states.shape[2] * scene.states.shape[3]
     groups = min(kv_heads, -(-cells // _GROUP_CELLS.get(scene.q.device.type, _MANY_CELLS)))
     if groups == 1 or scene.mask.heads > 1:  # a rule for each head: the mask is of all
-        yield scene, forced
+        yield scene
         return
     each = heads // kv_heads
     for shared in torch.arange(kv_heads).tensor_split(groups):
         own = slice(int(shared[0]), int(shared[-1]) + 1)
         rows = slice(own.start * each, own.stop * each)
         sinks = None if scene.sinks is None else scene.sinks[rows]
-        yield replace(scene, q=scene.q[:, rows], k=scene.k[:, own], sinks=sinks, _moments=None), forced
+        yield replace(scene, q=scene.q[:, rows], k=scene.k[:, own], sinks=sinks, _moments=None)
