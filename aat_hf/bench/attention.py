@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from aat_hf.attention import tiled_attention
+from aat_hf.bench import _plots
 from aat_hf.bench._common import MODELS, environment, load, look_at_layers, markdown_table, tokens_of, write_csv
 from aat_hf.bench._inputs import random_map
+from aat_hf.bench._selection_profile import selection_steps
 from aat_hf.bench._timing import Timing, interleaved
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
@@ -28,6 +30,7 @@ from aat_hf.kernels.gather import gather_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.report import stages
 from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.select import Scene
 from aat_hf.tiling.tile_map import TileMap
 
 _KERNELS = {"cpu": cpu_attention, "gather": gather_attention}
@@ -79,17 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", default="code")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 12, 20])
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.05, 0.02])
-    parser.add_argument("--profile", action="store_true", help="milliseconds of every stage of the whole")
+    parser.add_argument(
+        "--profile", action="store_true", help="milliseconds of the whole by stage, and of the steps of selection"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write a CSV to this file")
+    _plots.add_option(parser, "time against density, or of the whole against length")
     args = parser.parse_args(argv)
+    _plots.check(args)
     results = whole(args) if args.model else kernels(args)
     print(f"{environment()}\n")
     print(summary(results, args.profile))
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
+    if args.plot is not None and args.model:
+        points = [(r.what, float(r.keys), r.ratio) for r in results]
+        _plots.draw(args.plot, _plots.grouped(points), "keys", "SDPA / aat", log_x=True, level=1.0)
+    elif args.plot is not None:
+        points = [(f"{r.what}, {r.keys} keys", r.density, 1 / r.ratio) for r in results]
+        _plots.draw(args.plot, _plots.grouped(points), "density", "aat / SDPA", level=1.0)
     return 0
 
 
@@ -172,7 +185,11 @@ def _whole_line(
     finally:
         stages.timing = before
     what = f"layer {layer}, tolerance {tolerance:g}"
-    parts = " ".join(f"{name} {milliseconds:.0f}" for name, milliseconds in result.stages.items())
+    milliseconds = dict(result.stages)
+    if args.profile and result.tile_map is not None:
+        scene = Scene.of(q, k, causal_mask(q.shape[2], k.shape[2], q.device), q.shape[3] ** -0.5, config)
+        milliseconds |= selection_steps(scene, args.rounds)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items())
     if result.tile_map is None:
         return _line(f"{what}: {result.reason}", q, None, times, 0.0, None, parts)
     error = _checked(result.output, q, k, v, result.tile_map)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import aat_hf
+from aat_hf.bench import _plots
 from aat_hf.bench._common import MODELS, TEXTS, environment, load, markdown_table, tokens_of, write_csv
 from aat_hf.bench._timing import Timing, interleaved
 from aat_hf.compare import quality, run_pass
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=aat_hf.AATConfig().tolerance)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write a CSV to this file")
+    _plots.add_option(parser, "time against length")
     args = parser.parse_args(argv)
+    _plots.check(args)
     model, tokenizer = load(args.model)
     aat_hf.configure(model, tolerance=args.tolerance)
     tasks = {"prefill": _prefill, "decode": _decode, "train": _train}
@@ -68,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
+    if args.plot is not None:
+        points = [(r.task, float(r.tokens), r.sdpa / r.aat) for r in results]
+        _plots.draw(args.plot, _plots.grouped(points), "tokens", "SDPA / aat", log_x=True, level=1.0)
     return 0
 
 
@@ -107,7 +113,7 @@ def _train(args: argparse.Namespace, model: Any, input_ids: Tensor) -> ModelResu
         loss = model(input_ids, labels=input_ids, use_cache=False).loss
         loss.backward()
         model.zero_grad()
-        losses[name] = float(loss)
+        losses[name] = float(loss.detach())
 
     with aat_hf.record(model) as report:
         run("aat")

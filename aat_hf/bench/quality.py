@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aat_hf
+from aat_hf.bench import _plots
 from aat_hf.bench._common import MODELS, TEXTS, environment, load, markdown_table, tokens_of, write_csv
 from aat_hf.compare import quality, run_pass
 from aat_hf.data.progress import notice, progress
@@ -57,13 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--every", type=int, default=1, help="compare every so many positions")
     parser.add_argument("--out", type=Path, help="write a CSV with one line per pass to this file")
+    _plots.add_option(parser, "KL against density")
     args = parser.parse_args(argv)
+    _plots.check(args)
     results = run(args)
     print(f"{args.model}, {args.text}, {args.tokens} tokens; {environment()}\n")
     print(summary(results))
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
+    if args.plot is not None:
+        points = [(f"{r.selector} {r.settings}".strip(), r.density, r.kl) for r in results]
+        _plots.draw(args.plot, _plots.grouped(points), "density", "KL(dense ‖ aat), nats per token", log_y=True)
     return 0
 
 

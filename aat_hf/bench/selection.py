@@ -11,10 +11,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from aat_hf.bench import _plots
 from aat_hf.bench._common import MODELS, TEXTS, environment, load, look_at_layers, markdown_table, tokens_of, write_csv
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--selectors", nargs="+", default=sorted(SELECTORS), help="names of registered selectors")
     parser.add_argument("--every", type=int, default=1, help="look at every so many layers")
     parser.add_argument("--out", type=Path, help="write a CSV with one line per head to this file")
+    _plots.add_option(parser, "realised infidelity against density")
     args = parser.parse_args(argv)
+    _plots.check(args)
     if "oracle" not in args.selectors:
         args.selectors.append("oracle")
     model, tokenizer = load(args.model)
@@ -87,7 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
+    if args.plot is not None:
+        _plots.draw(args.plot, _frontier(results), "density", "realised infidelity", log_y=True)
     return 0
+
+
+def _frontier(results: Sequence[HeadResult]) -> dict[str, list[tuple[float, float]]]:
+    """(density, realised infidelity), means over heads, of each selector at every tolerance."""
+    cases: dict[tuple[str, float], list[HeadResult]] = {}
+    for result in results:
+        cases.setdefault((result.selector, result.tolerance), []).append(result)
+    points = [
+        (name, fmean(r.density for r in heads), fmean(r.lost for r in heads)) for (name, _), heads in cases.items()
+    ]
+    return _plots.grouped(points)
 
 
 @torch.inference_mode()
