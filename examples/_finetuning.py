@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from aat_hf.data.wikitext import NAMES
 LICENCES = {  # what the texts are, with their licences
     "code": "source of Python's standard library (PSF-2.0)",
     "prose": "five novels by Jane Austen (public domain)",
-    **{name: f"{name}, articles of Wikipedia (CC BY-SA 3.0)" for name in NAMES},
+    **{name: f"{name}, articles of Wikipedia (CC BY-SA 3.0 and GFDL)" for name in NAMES},
 }
 NOVELS = ("Emma", "Mansfield Park", "Northanger Abbey", "Pride and Prejudice", "Sense and Sensibility")
 HELD_OUT_NOVEL = "Persuasion"
@@ -120,6 +120,14 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     sizes.add_argument("--heads", type=int, default=2)
     sizes.add_argument("--vocabulary", type=int, default=2048)
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; steps that would all be exact are refused."""
+    args = parser.parse_args(argv)
+    if not 0 <= args.exact_steps < args.steps:
+        parser.error(f"--exact-steps {args.exact_steps}: must leave some of the {args.steps} --steps")
+    return args
 
 
 def read_texts(name: str, path: Path | None = None, characters: int = CODE_CHARACTERS) -> Texts:

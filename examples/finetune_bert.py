@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _finetuning import Outcome, finetune, parser_of, read_texts, tokenizer_of
+from _finetuning import Outcome, finetune, parse, parser_of, read_texts, tokenizer_of
 from tokenizers import processors
 
 import aat_hf
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--evaluate", type=float, nargs="+", default=[], metavar="TOLERANCE",
         help="evaluate the trained model densely and with each of these; in OUTPUT/eval/masked.csv",
     )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     texts = read_texts(args.text, args.path, args.characters)
     tokenizer = tokenizer_of(args, texts)
     if not args.model:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _finetuning import finetune, parser_of, read_texts, tokenizer_of
+from _finetuning import finetune, parse, parser_of, read_texts, tokenizer_of
 
 import aat_hf
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser_of(__doc__).parse_args(argv)
+    args = parse(parser_of(__doc__), argv)
     texts = read_texts(args.text, args.path, args.characters)
     tokenizer = tokenizer_of(args, texts)
 

@@ -176,6 +176,20 @@ def test_finetuning_other_models_and_too_long_rows(model: str, training: list[st
         run("finetune_gpt2.py", *training, "--model", str(tmp_path / "short"), "--tokens", "400")
 
 
+def test_the_training_picture_is_drawn_from_event_files(training: list[str], tmp_path: Path, capsys: Any):
+    for library in ("matplotlib", "tensorboard"):
+        pytest.importorskip(library)
+    picture, options = tmp_path / "new" / "training.png", ["--steps", "10", "--start", "0.7", "--tolerance", "0.5"]
+    run("training_picture.py", *training, *options, "--output", str(tmp_path / "runs"), "--picture", str(picture))
+    shown = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert numbers(shown, "aat ") == pytest.approx(numbers(shown, "dense "), rel=0.02)
+    curves = runpy.run_path(str(EXAMPLES / "training_picture.py"))["read_events"](tmp_path / "runs" / "aat")
+    assert curves["train/loss"].steps == [5, 10] and curves["train/aat_tolerance"].values[0] > 0.5
+    density = numbers(shown, "density")
+    assert max(density) < 1 and density[0] == pytest.approx(curves["train/aat_density"].start, abs=1e-4)
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("[!_]*.py")), ids=lambda path: path.name)
 def test_headers_give_the_command(path: Path):
     assert f"python examples/{path.name}" in path.read_text("utf-8").split('"""')[1]

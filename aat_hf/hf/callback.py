@@ -196,6 +196,7 @@ class AATCallback(MetricsCallback, ExportableState):
         return found | _vulkan_metrics()
 
     def _watch(self, model: Any) -> None:
+        self._stop()  # an interrupted training left it listening
         self._train = Collector(model, self.observables, self.timing)
         self._eval = Collector(model, self.observables, self.timing)
         listen(self._train)

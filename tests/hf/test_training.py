@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from train_distributed import by_hand, by_trainer
+from train_distributed import STEPS, by_trainer
 from training import Copies, arguments, classifier, language_model, losses, trainer
 
 import aat_hf
 from aat_hf import AATCallback
+from aat_hf.report import stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,14 +118,36 @@ def test_lora(tmp_path):
     assert entries[-1]["aat_tolerance"] == pytest.approx(0.21) and entries[-1]["aat_tiled_calls"] == 1
 
 
-def launch(folder, how):
-    """Train in two processes, as `accelerate launch` starts them; what each of them found."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+class Interrupt(tf.TrainerCallback):
+    """What Ctrl-C does, in the middle of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("attention", ["aat", "sdpa"])
+def test_an_interrupted_training_goes_on_with_the_same_losses(attention, tmp_path):
+    how = dict(logging_steps=1, save_strategy="steps", save_steps=2)
+    _, whole, _ = train(language_model(attention), tmp_path / "whole", **how)
+    timing, callback = stages.timing, AATCallback()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(language_model(attention), arguments(tmp_path / "parts", **how), [Interrupt(), callback]).train()
+    resumed = trainer(language_model(attention), arguments(tmp_path / "parts", **how), [callback])
+    assert stages.timing == timing  # the step that was interrupted was listened to
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6 and losses(resumed) == whole
+
+
+def launch(folder, kind):
+    """Train in two processes, as `accelerate launch` starts them: what each found, in one go and (sharded) resumed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
+    command += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    command += {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version=2"]}[kind]
     script = Path(__file__).with_name("train_distributed.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(script), str(folder), how], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(script), str(folder), kind], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -132,19 +155,26 @@ def launch(folder, how):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torch for Windows has no libuv rendezvous")
-def test_two_processes_that_replicate_equal_one(tmp_path):
-    histories = launch(tmp_path, "ddp")
-    assert [entry.get("aat_density") for entry in histories[0]] == [e.get("aat_density") for e in histories[1]]
-    single = by_trainer(tmp_path, batch=2)
-    for one, two in zip(single, histories[0], strict=True):
-        assert set(one) == set(two)
-        for name in ("loss", "aat_density", "aat_density_p10", "aat_infidelity", "aat_infidelity_ci"):
-            if name in one:
-                assert two[name] == pytest.approx(one[name], rel=1e-3), name
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_equal_one(kind, tmp_path):
+    (whole, *resumed), (others, *_) = launch(tmp_path, kind)
+    assert len(resumed) == (kind == "fsdp")
+    single = by_trainer(tmp_path / "single", batch=2)
+    for name in ("loss", "aat_density", "aat_density_p10", "aat_infidelity", "aat_infidelity_ci"):
+        expected = [entry[name] for entry in single if name in entry]
+        assert len(expected) == 2
+        for history in (whole, others, *resumed):
+            assert [entry[name] for entry in history if name in entry] == pytest.approx(expected, rel=1e-3), name
+    assert [set(entry) for entry in whole] == [set(entry) for entry in single]
+
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{STEPS}")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "single" / f"checkpoint-{STEPS}")
+    for (name, one), two in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-3), name
+    assert hub_code(tmp_path / f"checkpoint-{STEPS}") == hub_code(tmp_path / "single" / f"checkpoint-{STEPS}")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="torch for Windows has no libuv rendezvous")
-def test_two_processes_that_shard_equal_one(tmp_path):
-    found = launch(tmp_path, "fsdp")
-    assert found[0] == found[1] == pytest.approx(by_hand(0, 1), rel=1e-4)
+def hub_code(folder):
+    """The files of code in a saved model, and the classes in them that the Auto classes open."""
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    return sorted(path.name for path in folder.glob("*.py")), auto_map

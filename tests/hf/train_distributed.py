@@ -9,59 +9,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from training import Copies, arguments, language_model, trainer
+import transformers as tf
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from training import arguments, language_model, trainer
 
 from aat_hf import AATCallback
 
-STEPS = 4
+STEPS, SAVED = 4, 2
 
 
-def by_trainer(folder: str, batch: int) -> list[dict[str, Any]]:
-    """History of a Trainer, which replicates the model where there are several processes."""
-    args = arguments(folder, per_device_train_batch_size=batch, max_steps=STEPS)
-    trained = trainer(language_model(), args, [AATCallback(layer_steps=2)])
+class ShardingAccelerator(Accelerator):
+    """Shards on a CPU as on a GPU: Accelerate itself forgets the plugin where there is no GPU, and replicates."""
+
+    def __init__(self, *args: Any, fsdp_plugin: Any = None, **how: Any) -> None:
+        super().__init__(*args, **how)
+        PartialState().distributed_type = self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = fsdp_plugin
+
+
+def by_trainer(folder: str, batch: int, resume: bool = False, **how: Any) -> list[dict[str, Any]]:
+    """History of a Trainer whose processes share a batch of two, from the start or from its checkpoint."""
+    args = arguments(
+        folder, per_device_train_batch_size=batch, max_steps=STEPS, save_strategy="steps", save_steps=SAVED, **how
+    )
+    model = language_model(geometry="hyperbolic", learn_curvature=True)
+    trained = trainer(model, args, [AATCallback(layer_steps=2)])
     assert args.world_size * batch == 2
-    trained.train()
+    trained.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{SAVED}")) if resume else None)
+    if "fsdp" in how:
+        kinds = {type(parameter) for parameter in trained.model.parameters()}
+        assert kinds == {torch.distributed.tensor.DTensor}, kinds
     return trained.state.log_history
 
 
-def by_hand(rank: int, world: int) -> list[float]:
-    """Losses of a plain loop whose model is sharded among the processes, for which the Trainer needs GPUs."""
-    model = language_model(geometry="hyperbolic", learn_curvature=True).train()
-    if world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(STEPS):
-        ids = Copies().ids[2 * step : 2 * step + 2]
-        mine = ids if world == 1 else ids[rank : rank + 1]
-        loss = model(input_ids=mine, labels=mine).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total = loss.detach().clone()
-        if world > 1:
-            dist.all_reduce(total)
-        losses.append(float(total) / world)
-    return losses
-
-
-def main(folder: str, how: str) -> None:
+def main(folder: str, kind: str) -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    if how == "ddp":
-        found: Any = by_trainer(folder, batch=1)
-    else:
-        dist.init_process_group("gloo")
-        found = by_hand(rank, dist.get_world_size())
-        dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    if kind == "fsdp":
+        tf.trainer.Accelerator = ShardingAccelerator
+        how: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2})
+        found = [by_trainer(folder, batch=1, resume=resume, **how) for resume in (False, True)]
+    else:  # whose checkpoint is that of one process
+        found = [by_trainer(folder, batch=1)]
+    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ class AATModelMixin:
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; FSDP gives a model a class of its own, whose code would go to the Hub in place of this."""
+        cls = type(self)
+        self.__class__ = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__class__ = cls
+
 
 def add_curvatures(model: nn.Module, config: Any, attention: tuple[type[nn.Module], ...]) -> None:
     """Give every curved layer of the classes `attention` a `HeadCurvature` if the config asks to learn them.
