@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from aat_hf.vulkan import lowering, profile
 from aat_hf.vulkan.interface import Dispatch, Provider, float_bits
-from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, vectors
+from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, join_tiles, joinable, vectors
 from aat_hf.vulkan.shapes import OTHER, Shape, variant
 from aat_hf.vulkan.workspace import Workspace
 
@@ -43,6 +44,20 @@ class Call:
     def skips(self) -> bool:
         """Whether anything may be left out."""
         return self.skip_below > -math.inf
+
+    @cached_property
+    def joined(self) -> Call:
+        """The same pairs in key tiles as long as a block of keys, for shaders whose workgroups own queries.
+
+        Not for those that own keys, which take tiles of any length without loss, and not under the skip rule, which
+        keeps account of single tiles.
+        """
+        count = 1 if self.skips else joinable(self.key_tile)
+        if count == 1:
+            return self
+        batch, heads, query_tiles, key_tiles = self.shape
+        tiles, shape = join_tiles(self.tiles, key_tiles, count), (batch, heads, query_tiles, -(-key_tiles // count))
+        return replace(self, tiles=tiles, shape=shape, key_tile=count * self.key_tile)
 
 
 class Skipped(NamedTuple):
@@ -95,6 +110,7 @@ def forward_dispatch(
     work: Workspace, provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, shape: Shape
 ) -> Dispatch:
     """The forward shader on buffers of `work`; the last three are output, rows (lse and bound) and skipped pieces."""
+    call = call.joined
     words = lowering.by_rows(call.tiles, call.query_tile)
     output, rows = lowering.room((*q.shape[:3], v.shape[3])), 8 * q.shape[:3].numel()
     skipped = np.zeros(_pieces(call, shape.own), np.uint32)
@@ -133,7 +149,8 @@ def backward(
     )
     delta = (d_output * results[0].float()).sum(-1) - d_lse
     rows = torch.stack([(results[1] * _LOG2E).nan_to_num(neginf=_NEVER), delta], -1)
-    by_rows = lowering.by_rows(call.tiles, call.query_tile)
+    joined = call.joined
+    by_rows = lowering.by_rows(joined.tiles, joined.query_tile)
     by_columns = lowering.by_columns(call.tiles, call.shape, k.shape[1], call.query_tile)
     with Workspace(provider) as work:
         at_q, at_k, at_v, in_rows, in_columns, at_d, sums, pieces, d_q, d_k, d_v = work.buffers(
@@ -146,7 +163,7 @@ def backward(
                 (at_q, at_k, in_rows, at_v, at_d, sums, d_q, pieces),
                 (call.shape[2] * _blocks(call.query_tile, for_q), q.shape[1], q.shape[0]),
                 _spec(for_q, q, v, call),
-                _push(q, k, call, by_rows, skipped.rows),
+                _push(q, k, joined, by_rows, skipped.rows),
             ),
             Dispatch(
                 "attention_backward_keys",

@@ -19,7 +19,7 @@ from aat_hf.data.progress import notice, progress
 from aat_hf.kernels.cpu import cpu_attention, lower_tiles
 from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import causal_mask
-from aat_hf.tiling.tile_map import EXACT, TileMap
+from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import attention, plain, profile
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.interface import Provider
@@ -100,8 +100,7 @@ def measured(dtype: torch.dtype, heads: int, dim: int, calls: tuple[tuple[int, f
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, heads, keys, dim, dtype=dtype, requires_grad=True) for _ in range(3))
         tile_map, mask = random_map(q, density), causal_mask(keys, keys, q.device)
-        pairs = int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile
-        load = profile.load_of(q, k, v, pairs)
+        load = profile.load_of(q, k, v, tile_map)
         kernels = {"vulkan": vulkan_attention, "cpu": cpu_attention}
         with torch.no_grad():
             forward = interleaved(

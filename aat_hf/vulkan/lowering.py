@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.vulkan.interface import Buffer, Provider
+from aat_hf.vulkan.shapes import OTHER
 
 VECTOR, WORD_BITS = 4, 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # KIND in the shaders
 _INTEGER = {2: np.int16, 4: np.float32}
 
+Integers = NDArray[np.int64]
 Words = NDArray[np.uint32]
 Number = TypeVar("Number", bound=np.generic)
 
@@ -50,6 +52,55 @@ class TileWords(NamedTuple):
     mask_words: int
 
 
+def joinable(key_tile: int) -> int:
+    """How many neighbouring tiles of `key_tile` keys fit in one block of keys of the shaders."""
+    return max(1, OTHER // key_tile)
+
+
+def joined_numbers(rows: Integers, columns: Integers, count: int) -> Integers:
+    """Which joined tile each tile of a map becomes a part of, counted from 0: (tiles,), in the order of `rows`.
+
+    Columns [count * i, count * i + count) of a row are joined; `rows` and the `columns` of a row ascend.
+    """
+    begins = (np.diff(rows) != 0) | (np.diff(columns // count) != 0)
+    return np.concatenate([[0], begins.cumsum()])[: len(columns)]
+
+
+def join_tiles(tiles: TileList, key_tiles: int, count: int) -> TileList:
+    """The same pairs in key tiles `count` times as long.
+
+    A joined tile whose parts are all in the map and whole is whole; in others a mask hides the missing keys. Each
+    distinct mask is stored once.
+
+    Args:
+        key_tiles: key tiles of the map before.
+    """
+    starts, columns, cuts, masks = (x.numpy() for x in tiles)
+    number = joined_numbers(np.repeat(np.arange(len(starts) - 1), np.diff(starts)), columns, count)
+    first = np.flatnonzero(np.diff(number, prepend=-1))
+    joined = columns[first] // count
+    missing, whole = len(masks), len(masks) + 1  # where such masks are put
+    parts = np.full((len(first), count), missing, np.int64)
+    parts[number, columns % count] = np.where(cuts < 0, whole, cuts)
+    parts[joined == key_tiles // count, key_tiles % count :] = whole  # past the last tile no keys are to be hidden
+    cut = np.flatnonzero((parts != whole).any(1))
+    kinds, places = _distinct_rows(parts[cut])
+    joined_cuts = np.full_like(joined, -1)
+    joined_cuts[cut] = places
+    shape = masks.shape[1:]
+    masks = np.concatenate([masks, np.zeros((1, *shape), np.uint8), np.ones((1, *shape), np.uint8)])
+    masks = masks[kinds].reshape(len(kinds), count * shape[0], shape[1])
+    return TileList(*map(torch.from_numpy, (first.searchsorted(starts), joined, joined_cuts, masks)))
+
+
+def _distinct_rows(rows: Integers) -> tuple[Integers, Integers]:
+    """The distinct rows of two or more numbers >= 0, and which of them each row is; `np.unique(axis=0)` is slow."""
+    base, code = rows.max(initial=0) + 1, rows[:, 0]
+    for column in rows.T[1:]:
+        _, first, code = np.unique(code * base + column, return_index=True, return_inverse=True)
+    return rows[first], code
+
+
 def by_rows(tiles: TileList, query_tile: int) -> TileWords:
     """The map for shaders whose workgroups own queries; a mask's row is one query against all keys of a tile."""
     masks = tiles.masks.numpy()[:, :, :query_tile].transpose(0, 2, 1)
@@ -83,7 +134,7 @@ def packed_bits(mask: NDArray[np.generic]) -> Words:
     return np.packbits(np.ascontiguousarray(mask).astype(bool, copy=False), axis=-1, bitorder="little").view(np.uint32)
 
 
-def _joined(parts: list[NDArray[np.int64]], masks: Words) -> TileWords:
+def _joined(parts: list[Integers], masks: Words) -> TileWords:
     edges = np.cumsum([len(part) for part in parts])
     words = np.concatenate([*(part.astype(np.uint32) for part in parts), masks.ravel()])  # a cut of -1: all bits set
     columns_at, cuts_at, entries_at, masks_at = map(int, edges)

@@ -20,10 +20,12 @@ from aat_hf.data.pretrained import cache_dir
 from aat_hf.tiling.tile_map import EXACT, TileMap
 from aat_hf.vulkan.errors import VulkanError
 from aat_hf.vulkan.interface import DeviceInfo
+from aat_hf.vulkan.lowering import joinable, joined_numbers
 from aat_hf.vulkan.shapes import OTHER, Shape, candidates
 
 VERSION = 2
 _MARGIN = 0.9  # of the CPU's time, above which moving the work is not worth it
+_OF_QUERIES, _OF_KEYS = 3, 4  # matrix products of the backward shaders: for dQ; for dK and dV
 _log = logging.getLogger("aat_hf")
 
 
@@ -141,14 +143,36 @@ def pays(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap) -> bool:
     if not known:
         return False
     nearest = min(known, key=lambda entry: abs(entry.head_dim - q.shape[3]))
-    load = load_of(q, k, v, int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile)
-    padding = -(-tile_map.key_tile // OTHER) * OTHER / tile_map.key_tile  # the shaders take keys by blocks
-    return nearest.forward.pays(*load, padding) and nearest.backward.pays(*load, padding)
+    load, (forward, backward) = load_of(q, k, v, tile_map), paddings_of(tile_map)
+    return nearest.forward.pays(*load, forward) and nearest.backward.pays(*load, backward)
 
 
-def load_of(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[float, float]:
-    """Bytes of the tensors and products of a call with so many (query, key) pairs."""
+def load_of(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap) -> tuple[float, float]:
+    """Bytes of the tensors, and products of the exact tiles."""
+    pairs = int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile
     return float(sum(x.numel() * x.element_size() for x in (q, k, v))), float(pairs) * (q.shape[3] + v.shape[3])
+
+
+def paddings_of(tile_map: TileMap) -> tuple[float, float]:
+    """How many products the shaders compute for one of an exact tile, forward and backward.
+
+    Those that own queries take whole blocks of keys, in which narrow tiles are joined; those that own keys take single
+    tiles.
+    """
+    exact, key_tile = tile_map.levels == EXACT, tile_map.key_tile
+    rows, columns = tile_map.rows[exact].numpy(), tile_map.columns[exact].numpy()
+    if not len(columns):
+        return 1.0, 1.0
+    count = joinable(key_tile)
+    joined = int(joined_numbers(rows, columns, count)[-1]) + 1
+    of_queries = joined * _rounded(count * key_tile, OTHER) / (len(columns) * key_tile)
+    own = min(OTHER, 1 << key_tile.bit_length() - 1)  # a workgroup has a power of two, and no more than a tile has
+    of_keys = _rounded(key_tile, own) / key_tile
+    return of_queries, (_OF_QUERIES * of_queries + _OF_KEYS * of_keys) / (_OF_QUERIES + _OF_KEYS)
+
+
+def _rounded(keys: int, block: int) -> int:
+    return -(-keys // block) * block
 
 
 @lru_cache(maxsize=1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 
-import kernel_cases
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from inputs import peaked
 from kernel_cases import CPU, MASKS, inputs, oracle, random_map
+from parity import check, distance, gradients, masks, run
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import aat_hf
@@ -20,7 +22,7 @@ from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.vulkan import vulkan_attention, vulkan_skip_attention
 from aat_hf.tiling.masks import causal_mask, full_mask
 from aat_hf.tiling.tile_map import TileMap
-from aat_hf.vulkan import profile
+from aat_hf.vulkan import lowering, profile
 from aat_hf.vulkan import shapes as workgroups
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError
@@ -32,55 +34,12 @@ PROVIDERS = pytest.mark.parametrize(
     ("binding", "provider"), [("kompute", "unified"), ("vulkan", "copies")], indirect=True
 )
 pytestmark = [pytest.mark.vulkan, PROVIDERS]
-LIMIT = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
 
 @pytest.fixture(autouse=True)
 def on_provider(provider, monkeypatch):
     """The kernel computes on the provider under test."""
     monkeypatch.setattr(kernel, "get_provider", lambda: provider)
-
-
-def masks(batch, heads, queries, keys):
-    return kernel_cases.masks(batch, heads, queries, keys, reach=20, document=23)
-
-
-def distance(found, expected):
-    """Largest error relative to the largest value."""
-    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-
-
-def run(tensors, tile_map, mask, scale, softcap=None):
-    """Output, log-sum-exp and the gradients of a weighted sum of both."""
-    output, lse = vulkan_attention(*tensors, tile_map, mask, scale, softcap)
-    return output.detach(), lse.detach(), *gradients(output, lse, tensors)
-
-
-def gradients(output, lse, leaves):
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (output, lse)]
-    loss = (output * weights[0]).sum() + (lse * weights[1])[lse.isfinite()].sum()
-    return torch.autograd.grad(loss, leaves)
-
-
-def check(tensors, tile_map, mask, scale=None, softcap=None):
-    """Output, log-sum-exp and gradients through both against float64, and the same bits a second time."""
-    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    limit = LIMIT[tensors[0].dtype]
-    found = run(tensors, tile_map, mask, scale, softcap)
-    doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected, expected_lse = oracle(*doubles, tile_map, mask, scale, softcap)
-    wanted = gradients(expected, expected_lse, doubles)
-    finite = expected_lse.isfinite()
-    assert found[0].dtype == tensors[2].dtype and found[1].dtype == torch.float32
-    assert torch.equal(finite, found[1].isfinite())
-    assert (found[0][~finite] == 0).all() and torch.isneginf(found[1][~finite]).all()
-    assert distance(found[0], expected.detach()) < limit
-    assert distance(found[1][finite], expected_lse[finite].detach()) < LIMIT[torch.float32]
-    for mine, theirs in zip(found[2:], wanted, strict=True):
-        assert distance(mine, theirs) < limit
-    for one, other in zip(found, run(tensors, tile_map, mask, scale, softcap), strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -100,6 +59,33 @@ def test_head_dims(dims):
 def test_ragged_lengths_and_tiles(tiles, queries, keys):
     mask = causal_mask(queries, keys, CPU)
     check(inputs(1, 4, 2, queries, keys, 32), random_map(mask, 1, 4, *tiles, 0.6), mask)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(MASKS),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    query_tile=st.sampled_from([16, 24, 64]),
+    key_tile=st.sampled_from([8, 12, 16]),
+    density=st.sampled_from([0.3, 0.7, 1.0]),
+)
+def test_joined_tiles(name, queries, keys, query_tile, key_tile, density):
+    mask = masks(2, 4, queries, keys)[name]
+    check(inputs(2, 4, 2, queries, keys, 16), random_map(mask, 2, 4, query_tile, key_tile, density), mask)
+
+
+def test_the_device_takes_joined_tiles_in_both_directions(monkeypatch):
+    taken, by_rows = [], lowering.by_rows
+
+    def spy(tiles, query_tile):
+        taken.append(len(tiles.columns))
+        return by_rows(tiles, query_tile)
+
+    monkeypatch.setattr(lowering, "by_rows", spy)
+    mask = full_mask(32, 64, CPU)
+    run(inputs(1, 2, 1, 32, 64, 16), TileMap.dense(mask, 1, 2, 32, 16), mask, 0.25)
+    assert taken == [4, 4]  # of 2 heads x 4 tiles
 
 
 @pytest.mark.parametrize("softcap", [0.5, 50.0])

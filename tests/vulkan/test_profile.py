@@ -13,7 +13,7 @@ from fake import DEVICE, FakeProvider
 from aat_hf.attention import tiled_attention
 from aat_hf.kernels import vulkan as kernel
 from aat_hf.tiling.masks import full_mask
-from aat_hf.tiling.tile_map import TileMap
+from aat_hf.tiling.tile_map import EXACT, TileMap
 from aat_hf.vulkan import calibrate, profile, provider
 from aat_hf.vulkan.errors import VulkanLimitError, VulkanUnavailableError
 from aat_hf.vulkan.profile import Costs, Direction, Profile
@@ -120,12 +120,23 @@ def test_break_even_counts_bytes_and_products():
     assert not direction.pays(moved=1e6, products=1e9, padding=8)  # 10 ms against 9 ms
 
 
-@pytest.mark.parametrize(("key_tile", "expected"), [(16, False), (32, True), (48, False), (64, True)])
+@pytest.mark.parametrize(("key_tile", "expected"), [(16, True), (24, False), (32, True), (48, False), (64, True)])
 def test_keys_of_a_tile_count_by_the_blocks_they_take(measured, key_tile, expected):
     even = Direction(0.0, 0.0, 0.8, 1.0)  # faster, but not with a third more to compute
     measured(even, even)
     q = torch.zeros(1, 2, 64, 64)
     tile_map = TileMap.dense(full_mask(64, 64, torch.device("cpu")), 1, 2, 32, key_tile)
+    assert profile.pays(q, q, q, tile_map) is expected
+
+
+@pytest.mark.parametrize(("columns", "expected"), [([0, 1], True), ([1, 2], False), ([0, 2], False)])
+def test_narrow_tiles_count_by_the_blocks_they_share(measured, columns, expected):
+    even = Direction(0.0, 0.0, 0.8, 1.0)
+    measured(even, even)
+    q, mask = torch.zeros(1, 1, 64, 64), full_mask(64, 64, torch.device("cpu"))
+    levels = torch.zeros(1, 1, 1, 4, dtype=torch.uint8)
+    levels[..., columns] = EXACT
+    tile_map = TileMap.from_dense(levels, mask.tile_states(64, 16), 64, 16)
     assert profile.pays(q, q, q, tile_map) is expected
 
 
