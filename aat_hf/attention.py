@@ -68,7 +68,10 @@ def _without_autocast(function: Callable[P, TiledAttentionResult]) -> Callable[P
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> TiledAttentionResult:
         q = args[0] if args else kwargs["q"]
-        with torch.autocast(q.device.type if isinstance(q, Tensor) else "cpu", enabled=False):
+        device = q.device.type if isinstance(q, Tensor) else "cpu"
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return call

@@ -1,7 +1,8 @@
 """`aat bench memory`: peak memory of one attention call, each in a process of its own, and how it grows with length.
 
-Resident memory before the call is subtracted from its peak (Linux: VmRSS and VmHWM). The exponent is the slope of log
-memory over log length between the shortest and the longest call.
+Resident memory before the call is subtracted from its peak (Linux: VmRSS and VmHWM). glibc is told to give freed memory
+back at once, so that the peak is what was in use, not what lay idle. The exponent is the slope of log memory over log
+length between the shortest and the longest call.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not Path("/proc/self/clear_refs").exists():
         parser.error("peaks are read from /proc: run this on Linux")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 16))  # of the processes that are started
     rows, peaks = [], {}
     for keys in args.lengths:
         ways = [way for way in WAYS if way != "eager" or keys <= args.eager_up_to]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from aat_hf.hf.guard import install
 from aat_hf.hf.masks import aat_mask, from_argument
 from aat_hf.hf.operator import run_layer
 from aat_hf.hf.space import lifted
+
+_active_collector: Any = None  # what a model collects while it runs
+with suppress(ImportError):
+    from transformers.utils.output_capturing import _active_collector
 
 NAME = "aat"
 
@@ -124,9 +129,5 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether the model collects attention weights in this call."""
     if kwargs.get("output_attentions"):
         return True
-    try:
-        from transformers.utils.output_capturing import _active_collector
-    except ImportError:
-        return False
-    collector = _active_collector.get()
+    collector: Any = None if _active_collector is None else _active_collector.get()
     return bool(collector) and any(name.endswith("attentions") for name in collector)

@@ -17,7 +17,7 @@ from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
 from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap
 
-_GROUP_CELLS = {"cpu": 2**18}  # tile masses of the heads planned together: 1 MiB each of the grids in use
+_GROUP_CELLS = {"cpu": 2**19}  # tile masses of the heads planned together: 2 MiB each of the grids in use
 _MANY_CELLS = 2**26  # elsewhere: few launches
 
 
