@@ -42,8 +42,8 @@ def summarise(k: Tensor, key_tile: int, groups: int) -> Moments:
 
 def merge(moments: Moments) -> Moments:
     """One group per tile from its sub-tiles, exactly (Chan, Golub & LeVeque 1983)."""
-    weight = moments.count / moments.count.sum(-1, keepdim=True)
-    w = weight.to(moments.mean)[..., None]
+    count = moments.count.to(moments.mean)  # a quotient of integers would be float32
+    w = (count / count.sum(-1, keepdim=True))[..., None]
     mean = (w * moments.mean).sum(3, keepdim=True)
     spread = moments.variance + (moments.mean - mean).square()
     return Moments(moments.count.sum(-1, keepdim=True), mean, (w * spread).sum(3, keepdim=True))

@@ -97,6 +97,19 @@ def test_bands_are_the_spectrum_of_the_ring(cells, period, dtype, seed):
 
 
 @few
+@given(st.integers(1, 6), st.integers(1, 4), dtypes, seeds)
+def test_bands_of_a_symmetric_ring_are_its_spectrum_to_rounding(cells, period, dtype, seed):
+    """Eigenvalues of symmetric maps are as exact as their entries."""
+    ring = periodic_map(cells, period, seed)
+    ring = (ring + ring.mT).to(dtype)
+    bands = periodic.bloch_bands(periodic.periodic_part(ring, period)).flatten()
+    expected = torch.linalg.eigvalsh(ring.double())
+    atol = within(dtype, 1e-4, 1e-10)
+    torch.testing.assert_close(bands.real.double().sort().values, expected, rtol=0, atol=atol)
+    assert bands.imag.abs().max() <= atol
+
+
+@few
 @given(batches, st.integers(1, 9), seeds)
 def test_bands_of_a_circulant_are_the_transform_of_its_symbol(batch, n, seed):
     symbol = gaussian(*batch, n, seed=seed)

@@ -63,14 +63,16 @@ def test_axioms_and_finiteness(shape, n, sharp, dtype, seed):
     assert all(g.isfinite().all() for g in torch.autograd.grad(total, (p, r)))
 
 
-def test_dropping_keys_is_at_distance_2_arccos_root_mass_and_coarse_rows_are_closer():
-    p, r = simplex(20, 12, sharp=2), simplex(20, 12, sharp=2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_dropping_keys_is_at_distance_2_arccos_root_mass_and_coarse_rows_are_closer(dtype, tolerance):
+    p, r = simplex(20, 12, sharp=2).to(dtype), simplex(20, 12, sharp=2).to(dtype)
     kept = torch.rand(20, 12) < 0.6
     kept[:, 0] = True
-    mass = (p * kept).sum(-1)
-    assert torch.allclose(fisher.distance(p, p * kept), 2 * mass.sqrt().arccos(), rtol=1e-10)
+    lost = (p.double() * ~kept).sum(-1) / p.double().sum(-1)
+    expected = (2 * lost.sqrt().arcsin()).to(dtype)  # 2 arccos sqrt(1 - lost), well conditioned
+    assert torch.allclose(fisher.distance(p, p * kept), expected, rtol=tolerance)
     tiles = p.unflatten(-1, (4, 3)).sum(-1), r.unflatten(-1, (4, 3)).sum(-1)
-    assert (fisher.distance(*tiles) <= fisher.distance(p, r) + 1e-12).all()
+    assert (fisher.distance(*tiles) <= fisher.distance(p, r) + min(tolerance, 1e-6)).all()
 
 
 def test_logits_give_the_same_distance_with_finite_gradients():
@@ -150,20 +152,22 @@ def test_exp_and_log_are_inverse():
     assert torch.allclose(fisher.expmap(edge, torch.tensor([0.1, -0.1, 0.0])).sum(), torch.ones(()))
 
 
-def test_softmax_metric_four_ways():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_softmax_metric_four_ways(dtype, tolerance):
     """Hessian of the log-partition, covariance of the keys, pull-back of the simplex's metric, Gram of 2 d sqrt p."""
-    k, q = torch.randn(9, 3).double(), torch.randn(3).double()
+    k, q = torch.randn(9, 3).to(dtype), torch.randn(3).to(dtype)
     p = torch.softmax(k @ q, -1)
     hessian = fisher.exponential_family_metric(lambda q: torch.logsumexp(k @ q, -1), q)
     _, covariance = fisher.tile_metric(k, p)
     jacobian = torch.func.jacrev(lambda q: torch.softmax(k @ q, -1))(q)
     roots = torch.func.jacrev(lambda q: 2 * torch.softmax(k @ q, -1).sqrt())(q)
     for metric in (covariance, k.T @ fisher.softmax_metric(p) @ k, (jacobian.T / p) @ jacobian, roots.T @ roots):
-        assert torch.allclose(metric, hessian, rtol=1e-12, atol=1e-13)
-    batch = torch.randn(2, 4, 3).double()
+        assert torch.allclose(metric, hessian, rtol=tolerance, atol=tolerance / 10)
+    batch = torch.randn(2, 4, 3).to(dtype)
     several = fisher.exponential_family_metric(lambda q: torch.logsumexp(k @ q, -1), batch)
     assert several.shape == (2, 4, 3, 3)
-    assert torch.allclose(several[1, 2], fisher.exponential_family_metric(lambda q: (k @ q).logsumexp(-1), batch[1, 2]))
+    alone = fisher.exponential_family_metric(lambda q: (k @ q).logsumexp(-1), batch[1, 2])
+    assert torch.allclose(several[1, 2], alone, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_tile_metric_is_the_population_covariance_of_the_existing_keys():

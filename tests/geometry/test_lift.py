@@ -47,6 +47,17 @@ def test_flat_limit_is_euclidean_distance():
     assert torch.allclose(scores(q, k, "hyperbolic", 1e-9), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "c", "tolerance"), [(torch.float32, 1e-4, 1e-3), (torch.float64, 1e-7, 1e-6)])
+def test_flat_limit_of_hyperbolic_attention_is_dot_product_attention(small, dtype, c, tolerance):
+    """For keys of one length |k|^2 / 2 shifts whole rows, which softmax does not see."""
+    q, k, v = points(1, 4, 20, 8, dtype=dtype), points(1, 2, 20, 8, dtype=dtype), points(1, 2, 20, 8, dtype=dtype)
+    k = 2 * torch.nn.functional.normalize(k, dim=-1)
+    config = small.replace(geometry="hyperbolic", curvature=c, mode="dense")
+    found = tiled_attention(q, k, v, config=config, is_causal=True).output
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
 @pytest.mark.parametrize(("curvature", "radius"), [(None, math.sqrt(7)), (1.0, 1.0), (0.25, 2.0)])
 def test_spherical_scores_are_cosines(curvature, radius):
     q, k = points(2, 3, 5, 7), points(2, 3, 11, 7)

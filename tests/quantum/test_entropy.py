@@ -162,6 +162,40 @@ def test_relative_entropy_and_supports(dtype):
     assert entropy.relative_entropy(whole, mixed) == math.inf
 
 
+@few
+@given(batches, st.integers(1, 4), st.integers(1, 4), st.sampled_from([torch.float32, torch.float64]), seeds)
+def test_relative_entropy_of_rows_splits_over_tiles(batch, count, tile, dtype, seed):
+    """Pythagoras: KL(p || r) = KL(p || p^) + KL(p^ || r), p^ the tile masses spread evenly, r even on every tile.
+
+    The first part is the sum over tiles of their mass times KL(p within the tile || even).
+    """
+    p = attention((*batch, count * tile), seed, 1.0).to(dtype)
+    masses = measurement.tile_probabilities(states.from_probabilities(p), tile)
+    other = attention((*batch, count), seed + 1, 1.0).to(dtype)
+    even, r = (x.repeat_interleave(tile, -1) / tile for x in (masses, other))
+    total, lost, rest = (
+        entropy.relative_entropy(torch.diag_embed(a), torch.diag_embed(b)) for a, b in ((p, r), (p, even), (even, r))
+    )
+    atol = tolerance(dtype, 1e-5, 1e-12)
+    torch.testing.assert_close(total, lost + rest, rtol=0, atol=atol)
+    inside = p.unflatten(-1, (count, tile)) / masses[..., None]
+    by_tile = scipy.special.rel_entr(inside.double().numpy(), 1 / tile).sum(-1)
+    torch.testing.assert_close(lost.double(), (masses.double() * torch.as_tensor(by_tile)).sum(-1), rtol=0, atol=atol)
+    coarse = entropy.relative_entropy(torch.diag_embed(masses), torch.diag_embed(other))
+    torch.testing.assert_close(coarse, rest, rtol=0, atol=atol)  # coarse graining: the part that is left,
+    assert (coarse <= total + tolerance(dtype, 1e-6, 1e-12) * (1 + total)).all()  # never more than the whole
+
+
+@few
+@given(batches, st.integers(2, 12), st.integers(1, 4), st.sampled_from([torch.float32, torch.float64]), seeds)
+def test_relative_entropy_of_kept_tiles_is_minus_the_log_of_their_mass(batch, keys, tile, dtype, seed):
+    p = attention((*batch, keys), seed, 1.0).to(dtype)
+    kept = (torch.arange(keys) // tile) % 2 == 0
+    mass, after = measurement.project_tiles(states.from_probabilities(p), kept)
+    found = entropy.relative_entropy(torch.diag_embed(after.square()), torch.diag_embed(p))
+    torch.testing.assert_close(found, -mass.log(), rtol=0, atol=tolerance(dtype, 1e-5, 1e-12))
+
+
 def test_mutual_information():
     bell = states.projector(torch.tensor([1.0, 0, 0, 1], dtype=torch.float64) / 2**0.5)
     assert float(entropy.mutual_information(bell, (2, 2))) == pytest.approx(2 * math.log(2), rel=1e-12)

@@ -139,6 +139,24 @@ def test_tiles(batch, keys, tile, dtype, seed):
 
 
 @few
+@given(batches, st.integers(2, 23), st.integers(1, 8), st.sampled_from(REAL), seeds)
+def test_dropping_tiles_moves_the_output_by_the_lost_mass(batch, keys, tile, dtype, seed):
+    """o - o' = (1 - m) (o of the dropped - o'), so that |o - o'| <= (1 - m) diam V."""
+    p, v = attention((*batch, keys), seed).to(dtype), gaussian((keys, 5), dtype, seed + 1)
+    kept = (torch.arange(keys) // tile) % 2 == 0
+    psi = states.from_probabilities(p)
+    mass, after = measurement.project_tiles(psi, kept)
+    lost, rest = measurement.project_tiles(psi, ~kept)
+    atol = tolerance(dtype, 1e-5, 1e-12)
+    torch.testing.assert_close(mass + lost, torch.ones_like(mass), rtol=0, atol=atol)
+    output, sparse, dropped = (x @ v for x in (p, after.square(), rest.square()))
+    torch.testing.assert_close(output - sparse, lost[..., None] * (dropped - sparse), rtol=0, atol=atol)
+    some = mass > 0
+    error = (output - sparse).norm(dim=-1)
+    assert (error <= lost * torch.cdist(v, v).max() + atol)[some].all()
+
+
+@few
 @given(st.integers(1, 9), st.integers(1, 4), dtypes, seeds)
 def test_pinching_is_the_unread_tile_measurement(n, tile, dtype, seed):
     rho = density((2, n), n, dtype, seed)
