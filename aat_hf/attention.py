@@ -46,7 +46,7 @@ class TiledAttentionResult:
         reason: why the call was not tiled, else None.
         weights: (batch, heads, queries, keys) where asked for.
         estimated: (batch, heads) infidelity the selector expected; in "skip" mode the certified bound's mean.
-        cells: the selector's masses as `patterns.classify` sees them, of audited calls in "tiled" mode.
+        cells: the selector's masses as `patterns.classify` sees them, where asked for and in "tiled" mode.
         stages: milliseconds by stage.
     """
 
@@ -93,6 +93,7 @@ def tiled_attention(
     dropout: float = 0.0,
     need_lse: bool = True,
     need_weights: bool = False,
+    need_cells: bool = False,
     audit: bool = True,
 ) -> TiledAttentionResult:
     """Adaptive tiled attention.
@@ -111,7 +112,8 @@ def tiled_attention(
         bias: additive (batch or 1, heads or 1, queries, keys); such calls go to exact attention.
         dropout: dropout of attention weights; such calls go to exact attention.
         need_lse, need_weights: whether the log-sum-exp and the (exact) weights are wanted.
-        audit: whether to measure the realised infidelity and keep the cells.
+        need_cells: whether `cells` are wanted.
+        audit: whether to measure the realised infidelity.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices or shapes; the message names them.
@@ -130,7 +132,7 @@ def tiled_attention(
     if reason is None and config.mode == "tiled":
         with stages("select"):
             scene = Scene.of(q, k, mask, scale, config, softcap, sinks)
-            tile_map, estimated, cells = plan(scene, with_cells=audit)
+            tile_map, estimated, cells = plan(scene, with_cells=need_cells)
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
         elif config.backend == "auto":

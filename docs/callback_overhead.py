@@ -2,7 +2,7 @@
 
 One training of a small GPT-2 on Python's source. From one log to the next is a block of steps; the callback takes part
 in every other one. Prints the median ratio of a block with it to the block without it before it. Needs "aat-hf[train]",
-about three minutes, and a machine that does nothing else.
+about ten minutes, and a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def run_layer(
     in_vain = config.backend == "auto" and config.mode == "tiled" and router.lost_lately(module, key.shape[2])
     if in_vain:
         config = config.replace(mode="dense")
-    result = tiled_attention(query, key, value, config=config, attn_mask=mask, need_lse=False, audit=audit, **how)
+    result = tiled_attention(
+        query, key, value, config=config, attn_mask=mask, need_lse=False, need_cells=bool(recorders), audit=audit, **how
+    )
     if in_vain:
         result = dataclasses.replace(result, reason=f"{router.FASTER}: this layer's last maps kept too much")
     else:
