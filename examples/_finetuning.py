@@ -20,11 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import aat_hf
 from aat_hf.config import BACKENDS
-from aat_hf.data import austen, encode_dataset, load_wikitext, read_text, stdlib_source
+from aat_hf.data import austen, encode_dataset, load_wikitext, package_sources, read_text, stdlib_source
 from aat_hf.data.wikitext import NAMES
 
+PACKAGES = ("networkx", "numpy", "sympy", "torch", "transformers")  # what an installation brings along
 LICENCES = {  # what the texts are, with their licences
     "code": "source of Python's standard library (PSF-2.0)",
+    "packages": "source of networkx, NumPy, SymPy, PyTorch (BSD-3-Clause) and Transformers (Apache-2.0); held out: of "
+    "Python's standard library (PSF-2.0)",
     "prose": "five novels by Jane Austen (public domain)",
     **{name: f"{name}, articles of Wikipedia (CC BY-SA 3.0 and GFDL)" for name in NAMES},
 }
@@ -34,6 +37,7 @@ HELD_OUT_SHARE = 0.1  # of a text that has no validation split of its own
 CODE_CHARACTERS = 2_500_000  # of the standard library; every Python has more
 WEIGHTS = ("float32", "bfloat16", "float16")
 TOKENIZER_DOCUMENTS = 2000
+LOADERS = 4  # processes that make batches while an accelerator trains
 SPECIAL = {
     "eos_token": "<end>",
     "pad_token": "<pad>",
@@ -131,9 +135,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def read_texts(name: str, path: Path | None = None, characters: int = CODE_CHARACTERS) -> Texts:
-    """The documents that `--text` names; a file's and the standard library's last tenth is held out."""
+    """The documents that `--text` names; a file's and the standard library's last tenth is held out if alone."""
     if name in NAMES:
         return Texts(*(load_wikitext(name, split, path=path) for split in ("train", "validation")))
+    if name == "packages":
+        return Texts(_dataset(package_sources(PACKAGES)), _dataset([stdlib_source(characters)]))
     if name == "prose":
         return Texts(_dataset(map(austen, NOVELS)), _dataset([austen(HELD_OUT_NOVEL)]))
     text = stdlib_source(characters) if name == "code" else read_text(name)
@@ -181,10 +187,14 @@ def finetune(
     """
     rows = rows_of(texts, tokenizer, args, pack=pack)
     aat = train(args, make, "aat", rows, tokenizer, collator)
-    dense = train(args, make, "sdpa", rows, tokenizer, collator) if args.compare else None
-    show(args, aat, dense, rows)
     if args.output is not None:
-        save(args, aat, dense, texts)
+        save(args, aat, texts)
+    dense = None
+    if args.compare:
+        dense = train(args, make, "sdpa", rows, tokenizer, collator)
+        if args.output is not None:
+            save_log(dense, args.output / "dense")
+    show(args, aat, dense, rows)
     return aat
 
 
@@ -229,18 +239,21 @@ def callback(args: argparse.Namespace) -> aat_hf.AATCallback:
     return aat_hf.AATCallback(schedule=tolerance) if args.exact_steps else aat_hf.AATCallback()
 
 
-def save(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, texts: Texts) -> None:
-    """Write model, tokenizer, log and held-out text to `--output`, and the twin's log to its folder `dense`."""
+def save(args: argparse.Namespace, aat: Outcome, texts: Texts) -> None:
+    """Write model, tokenizer, log and held-out text to `--output`."""
     aat.trainer.model.config.use_cache = True  # the Trainer turns it off
     aat_hf.configure(aat.trainer.model, backend="auto")  # where it is used decides anew
     aat.trainer.model.to(getattr(torch, args.weights))
     aat.trainer.save_model(args.output)
-    aat.trainer.state.save_to_json(args.output / "trainer_state.json")
-    if dense is not None:
-        (args.output / "dense").mkdir(exist_ok=True)
-        dense.trainer.state.save_to_json(args.output / "dense" / "trainer_state.json")
+    save_log(aat, args.output)
     (args.output / "held_out.txt").write_text("\n".join(texts.held_out["text"]), "utf-8")
     print(f"wrote        {args.output}")
+
+
+def save_log(outcome: Outcome, folder: Path) -> None:
+    """Write the log of a run to `folder`."""
+    folder.mkdir(exist_ok=True)
+    outcome.trainer.state.save_to_json(folder / "trainer_state.json")
 
 
 def show(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, rows: Texts) -> None:
@@ -274,6 +287,7 @@ def _arguments(args: argparse.Namespace, attention: str) -> tf.TrainingArguments
         warmup_steps=args.steps // 20,
         bf16=accelerated,
         dataloader_pin_memory=accelerated,
+        dataloader_num_workers=LOADERS if accelerated else 0,
         logging_steps=max(1, args.steps // 20),
         save_strategy="no",
         report_to=[],

@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT / "examples"))  # where the training scripts are
 from _finetuning import LICENCES, WEIGHTS  # noqa: E402
 
 MAX_FILE_MB = 16.0  # what a git repository can hold without Git LFS
-TEXT = "code"
+TEXT = "packages"
 
 
-def parser_of(description: str | None, name: str, **sizes: int) -> argparse.ArgumentParser:
+def parser_of(description: str | None, name: str, learning_rate: float, **sizes: int) -> argparse.ArgumentParser:
     """The options; `sizes` are the defaults of those that are whole numbers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build") / name, help=f"working folder (build/{name})")
@@ -30,6 +30,7 @@ def parser_of(description: str | None, name: str, **sizes: int) -> argparse.Argu
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
     parser.add_argument("--data", help="what a file of --text is, with its licence, for the card")
     parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"highest one ({learning_rate:g})")
     parser.add_argument("--backend", default="gather", choices=BACKENDS, help="that trains (gather)")
     parser.add_argument("--weights", default="bfloat16", choices=WEIGHTS, help="as which they are saved (bfloat16)")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.05, 0.02], help="of the evaluation")
@@ -51,7 +52,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def training_options(args: argparse.Namespace, trained: Path) -> list[str]:
     """For the training script: every size, the text, and the dense twin beside it."""
     names = ("tokens", "steps", "batch", "layers", "width", "heads", "vocabulary", "held_out_rows", "tolerance", "text",
-             "exact_steps", "characters", "backend", "weights")  # fmt: skip
+             "exact_steps", "characters", "backend", "weights", "learning_rate")  # fmt: skip
     options = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     options += ["--path", str(args.path)] if args.path else []
     return [*options, "--compare", "--output", str(trained)]

@@ -18,7 +18,7 @@ NAME = "aat-bert-base-mini"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _building.parser_of(
-        __doc__, NAME, tokens=4096, steps=10160, exact_steps=10000, batch=8, layers=4, width=256, heads=4,
+        __doc__, NAME, 5e-4, tokens=4096, steps=12120, exact_steps=12000, batch=4, layers=4, width=256, heads=4,
         vocabulary=4096, characters=10_000_000, held_out_rows=16,
     )  # fmt: skip
     args = _building.parse(parser, argv)

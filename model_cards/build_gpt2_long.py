@@ -18,7 +18,7 @@ NAME = "aat-gpt2-long"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _building.parser_of(
-        __doc__, NAME, tokens=8192, steps=6120, exact_steps=6000, batch=4, layers=4, width=256, heads=4,
+        __doc__, NAME, 1e-3, tokens=8192, steps=5100, exact_steps=5000, batch=4, layers=4, width=256, heads=4,
         vocabulary=4096, characters=10_000_000, held_out_rows=16, eval_buckets=8,
     )  # fmt: skip
     args = _building.parse(parser, argv)

@@ -15,7 +15,7 @@ from aat_hf.data.pretrained import (
     resolve_model,
 )
 from aat_hf.data.sources import DatasetUnavailableError
-from aat_hf.data.texts import TextUnavailableError, austen, read_text, stdlib_source
+from aat_hf.data.texts import TextUnavailableError, austen, package_sources, read_text, stdlib_source
 from aat_hf.data.wikitext import load_wikitext
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "load_github",
     "load_wikitext",
     "mix",
+    "package_sources",
     "read_text",
     "resolve_model",
     "stdlib_source",

@@ -1,14 +1,15 @@
-"""Long real texts: the standard library's source, a user's file, Jane Austen."""
+"""Long real texts: source of the standard library and of installed packages, a user's file, Jane Austen."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def stdlib_source(min_chars: int = 0) -> str:
     listed = [root / f"{name}.py" for name in _MODULES]
     listed += [root / f"{name.split('/')[0]}.py" for name in _MODULES if "/" in name]
     rest = sorted(path for path in root.glob("*.py") if path not in listed)
-    inner = sorted(path for path in root.glob("*/**/*.py") if not _NO_SOURCE & set(path.relative_to(root).parts))
-    rest += [path for path in inner if path not in listed]
+    rest += [path for path in _modules(root) if path.parent != root and path not in listed]
     pieces: list[str] = []
     length = 0
     for path in [*listed, *rest]:
@@ -77,6 +77,38 @@ def stdlib_source(min_chars: int = 0) -> str:
             "needed: give a text file of your own (--text FILE)"
         )
     return text
+
+
+def package_sources(names: Sequence[str], min_chars: int = 2_000_000) -> Iterator[str]:
+    """Source of installed packages in documents of whole modules, joined in the order of their paths, without tests.
+
+    One version of a package always gives the same documents.
+
+    Args:
+        names: Of the packages, as they are imported.
+        min_chars: Length from which a document is closed; the last of a package can be shorter.
+
+    Raises:
+        TextUnavailableError: A package is not installed, or carries no source.
+    """
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        modules = [path for root in (spec and spec.submodule_search_locations) or () for path in _modules(Path(root))]
+        if not modules:
+            raise TextUnavailableError(f"no source of a package {name!r} is installed: pip install {name}")
+        pieces: list[str] = []
+        length = 0
+        for path in modules:
+            pieces.append(path.read_text("utf-8", errors="replace"))
+            length += len(pieces[-1]) + 1
+            if length >= min_chars or path is modules[-1]:
+                yield "\n".join(pieces)
+                pieces, length = [], 0
+
+
+def _modules(root: Path) -> list[Path]:
+    """Python files below a folder by path, tests and other packages' left out."""
+    return sorted(path for path in root.glob("**/*.py") if not _NO_SOURCE & set(path.relative_to(root).parts))
 
 
 def read_text(path: str | Path | None = None, min_chars: int = 0) -> str:

@@ -58,12 +58,13 @@ def draw(predictions: Sequence[PredictionResult], tasks: Sequence[TaskResult], p
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = optional_module("matplotlib.figure", "viz").Figure(figsize=(15, 4.2), layout="constrained")
-    perplexity, divergence, scores = figure.subplots(1, 3)
-    _draw_positions(perplexity, divergence, by_tolerance(predictions))
-    _draw_tasks(scores, tasks)
-    for axes, drawn in ((perplexity, predictions), (divergence, predictions), (scores, tasks)):
-        axes.set_visible(bool(drawn))
+    panels = 2 * bool(predictions) + bool(tasks)
+    figure = optional_module("matplotlib.figure", "viz").Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if predictions:
+        _draw_positions(*axes[:2], by_tolerance(predictions))
+    if tasks:
+        _draw_tasks(axes[-1], tasks)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -75,25 +76,23 @@ def _draw_positions(perplexity: Any, divergence: Any, grouped: dict[float, list[
             perplexity.plot(middles, [math.exp(r.nll_dense) for r in ranges], "k.-", label="dense")
         perplexity.plot(middles, [math.exp(r.nll_aat) for r in ranges], ".--", label=f"aat {tolerance:g}")
         divergence.plot(middles, [r.kl for r in ranges], ".-", color=f"C{number}", label=f"aat {tolerance:g}")
-    perplexity.set(title="Perplexity by position", xlabel="position, tokens", yscale="log")
+    perplexity.set(title="Perplexity by position", xlabel="position, tokens")
     divergence.set(title="KL(dense ‖ aat) by position", xlabel="position, tokens", ylabel="nats")
     for axes in (perplexity, divergence):
-        if grouped:
-            axes.legend()
+        axes.legend()
 
 
 def _draw_tasks(axes: Any, results: Sequence[TaskResult]) -> None:
     names = list(dict.fromkeys(r.task for r in results))
     kinds = list(dict.fromkeys(_attention(r) for r in results))
-    width = 0.8 / max(1, len(kinds))
+    width = 0.8 / len(kinds)
     for number, kind in enumerate(kinds):
         heights = [r.score for r in results if _attention(r) == kind]
         places = [place + (number - (len(kinds) - 1) / 2) * width for place in range(len(names))]
         axes.bar(places, heights, width, label=kind, color="k" if kind == "dense" else f"C{number - 1}")
     axes.set_xticks(range(len(names)), names)
     axes.set(title="Tasks: share of the answers given", ylim=(0, 1.05))
-    if kinds:
-        axes.legend()
+    axes.legend()
 
 
 def _attention(result: TaskResult) -> str:

@@ -50,6 +50,10 @@ class Training:
         """Training loss in nats per token by step."""
         return {entry["step"]: entry["loss"] for entry in self.log if "loss" in entry}
 
+    def tolerances(self) -> dict[int, float]:
+        """Tolerance by step, where it was logged; steps at 0 are exact."""
+        return {entry["step"]: entry["aat_tolerance"] for entry in self.log if "aat_tolerance" in entry}
+
     @property
     def step_ms(self) -> float:
         """Mean time of a step, the start included, in milliseconds."""
@@ -95,6 +99,8 @@ def read_training(folder: Path) -> Training:
 def loss_table(aat: Training, dense: Training | None) -> str:
     """Markdown: the training loss at up to ten logged steps, the last one included, the dense twin's beside it.
 
+    A tolerance that changed during the run has a column.
+
     Raises:
         PublishError: The twin logged other steps.
     """
@@ -105,7 +111,15 @@ def loss_table(aat: Training, dense: Training | None) -> str:
     count = min(_TABLE_ROWS, len(steps))
     shown = [steps[math.ceil(len(steps) * (row + 1) / count) - 1] for row in range(count)]
     head = ["step", "loss, aat", "loss, dense"][: 1 + len(columns)]
-    return markdown_table(head, [[str(step), *(f"{column[step]:.4f}" for column in columns)] for step in shown])
+    rows = [[str(step), *(f"{column[step]:.4f}" for column in columns)] for step in shown]
+    tolerances = aat.tolerances()
+    if len(set(tolerances.values())) > 1:
+        head.append("tolerance")
+        rows = [
+            [*row, f"{tolerances[step]:g}" if step in tolerances else "–"]
+            for row, step in zip(rows, shown, strict=True)
+        ]
+    return markdown_table(head, rows)
 
 
 def write_log(training: Training, path: Path) -> None:

@@ -251,6 +251,17 @@ def test_stdlib_source_is_deterministic_and_long_enough():
         texts.stdlib_source(10**9)
 
 
+def test_package_sources_are_whole_modules_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "trees" / "tests").mkdir(parents=True)
+    for name, text in {"b": "B" * 5, "a": "A" * 5, "c": "C", "tests/d": "D"}.items():
+        (tmp_path / "trees" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(texts.package_sources(["trees"])) == ["AAAAA\nBBBBB\nC"]
+    assert list(texts.package_sources(["trees"], 6)) == ["AAAAA", "BBBBB", "C"]
+    with pytest.raises(texts.TextUnavailableError, match="no source of a package 'shrubs'"):
+        list(texts.package_sources(["trees", "shrubs"]))
+
+
 def test_read_text(tmp_path: Path):
     (tmp_path / "text").write_text("fünf", "utf-8")
     assert texts.read_text(tmp_path / "text") == "fünf"

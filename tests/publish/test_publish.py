@@ -107,6 +107,13 @@ def test_the_loss_table_ends_with_the_last_step(count: int, shown: list[int]):
     assert lines == [f"| {step} | {1 / step:.4f} |" for step in shown]
 
 
+def test_the_loss_table_shows_a_tolerance_that_changed():
+    log = [{"step": 1, "loss": 3.0}] + [{"step": 1 + n, "loss": 2.0, "aat_tolerance": 0.05 * (n == 2)} for n in (1, 2)]
+    lines = loss_table(Training(Path("here"), 3, log), None).splitlines()
+    assert lines[0].endswith("tolerance |")
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["– |", "0 |", "0.05 |"]
+
+
 def test_tables_of_other_evaluations(tmp_path: Path):
     tasks = [TaskResult("needle", tolerance, 100.0, 4, 0.75, 1.0, 0.5, math.nan) for tolerance in (None, 0.1)]
     write_csv(tmp_path / "tasks.csv", tasks)
