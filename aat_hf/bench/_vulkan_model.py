@@ -1,7 +1,7 @@
 """A language model whose attention runs on a Vulkan device: what the memory pool and the pipeline cache counted.
 
 Forward passes and training steps of random lengths take turns. Before them the loss and the gradients are compared with
-those of the CPU kernel.
+those of the CPU kernel. Interrupted steps are reported as far as they went.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -45,6 +47,7 @@ class Run:
     """What a run of so many steps counted, from the opening of the device.
 
     Attributes:
+        interrupted: by Ctrl-C or SIGTERM, before the steps that were asked for.
         forward, training: median seconds of a step of each kind.
         resident: MiB of the process, its most in the second and in the last quarter of the steps, and after the
             first step; None where the system does not tell.
@@ -52,6 +55,7 @@ class Run:
     """
 
     steps: int
+    interrupted: bool
     forward: float
     training: float
     pool: PoolStatistics
@@ -85,7 +89,8 @@ def measure(provider: Provider, args: argparse.Namespace) -> Run:
     _compare(model, _tokens(model, shortest, generator))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     resident = []
-    with progress(f"Model on {provider.device.name}", args.steps) as update:
+    interrupted = True
+    with suppress(KeyboardInterrupt), _terminable(), progress(f"Model on {provider.device.name}", args.steps) as update:
         for step in range(args.steps):
             length = int(torch.randint(shortest, longest + 1, (), generator=generator))
             tokens, began = _tokens(model, length, generator), time.perf_counter()
@@ -93,18 +98,29 @@ def measure(provider: Provider, args: argparse.Namespace) -> Run:
             seconds[bool(step % 2)].append(time.perf_counter() - began)
             resident.append(_resident_mib())
             update(step + 1)
+        interrupted = False
     if not pool_of(provider).statistics.requested_total:
         raise NumericalError("no call of the model reached the device: there is nothing to count")
     forward, training = (median(seconds[kind] or [0.0]) for kind in (False, True))
-    return Run(args.steps, forward, training, pool_of(provider).statistics, provider.pipelines,
+    return Run(len(resident), interrupted, forward, training, pool_of(provider).statistics, provider.pipelines,
                _by_time(resident), cold, warm)  # fmt: skip
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (of `timeout`, of a batch system) interrupts as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def table(run: Run) -> str:
     """A Markdown table: counter, value, and what it has to be."""
     pool, pipelines, mib = run.pool, run.pipelines, 2**20
     rows = [
-        ("steps, forward and training in turn", str(run.steps), ""),
+        ("steps, forward and training in turn", f"{run.steps}{', interrupted' * run.interrupted}", ""),
         ("forward, training step (median)", f"{1e3 * run.forward:.1f}, {1e3 * run.training:.1f} ms", ""),
         ("pool: requests", str(pool.hits + pool.misses), ""),
         ("pool: hit rate", f"{pool.hit_rate:.2%}", "≥ 90 %"),

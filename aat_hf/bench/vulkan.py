@@ -1,9 +1,9 @@
 """`aat bench vulkan`: a Vulkan device against torch on the CPU, with and without the transfers.
 
 Plain operations on square matrices: alone, with the copies to and from the device, and many in one submission. Tiled
-attention: dense and sparse causal maps against SDPA. Measured rows, the dearest part of selection: against the CPU
-kernel, which computes them so far. A model: the counters of the memory pool and the pipeline cache
-over many steps (`_vulkan_model`). Nothing is timed whose numbers disagree with torch's.
+attention: dense and sparse causal maps against SDPA, and where the time goes (`_vulkan_attention`). Measured rows, the
+dearest part of selection: against the CPU kernel, which computes them so far. A model: the counters of the memory pool
+and the pipeline cache over many steps (`_vulkan_model`). Nothing is timed whose numbers disagree with torch's.
 """
 
 from __future__ import annotations
@@ -17,24 +17,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from aat_hf.bench import _vulkan_model
+from aat_hf.bench import _vulkan_attention, _vulkan_model
 from aat_hf.bench._common import environment, markdown_table, write_csv
-from aat_hf.bench._inputs import random_map
 from aat_hf.bench._timing import interleaved
-from aat_hf.bench.attention import NumericalError, _checked
+from aat_hf.bench.attention import NumericalError
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice
-from aat_hf.kernels.cpu import lower_tiles
-from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.measure import measure_rows
-from aat_hf.tiling.tile_map import EXACT
-from aat_hf.vulkan import attention, ops, plain, profile
-from aat_hf.vulkan.attention import Call
-from aat_hf.vulkan.interface import Dispatch, Provider
-from aat_hf.vulkan.lowering import TileList, room, vectors
+from aat_hf.vulkan import ops, plain
+from aat_hf.vulkan.interface import Provider
+from aat_hf.vulkan.lowering import room
 from aat_hf.vulkan.provider import get_provider
 from aat_hf.vulkan.workspace import Workspace, pool_of
 
@@ -49,7 +43,7 @@ class OperationResult:
 
     Attributes:
         torch: torch on the CPU; moved: on the device, copies there and back included.
-        single: on the device, one submission of one dispatch; batched: one of many in a submission.
+        single: on the device, one submission of one dispatch; batched: one of many that do not await each other.
     """
 
     operation: str
@@ -72,29 +66,8 @@ class RowsResult:
     error: float
 
 
-@dataclass(frozen=True)
-class AttentionResult:
-    """Causal attention in float32: median seconds a call.
-
-    Attributes:
-        sdpa: torch on the CPU, dense; whole: `vulkan_attention` as it is called, with lowering and transfers.
-        kernel: the shader alone, one of several in a submission.
-        tflops: of the kernel, counting two products and two sums for each pair of the tiles it computes.
-    """
-
-    keys: int
-    heads: int
-    head_dim: int
-    density: float
-    sdpa: float
-    whole: float
-    kernel: float
-    tflops: float
-    error: float
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0."""
+    """Run the benchmark; 0, or 130 when the model was interrupted, whose counters are printed all the same."""
     parser = argparse.ArgumentParser(prog="aat bench vulkan", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048], help="of the matrices")
     parser.add_argument("--operations", nargs="+", choices=_OPERATIONS, default=_OPERATIONS)
@@ -113,13 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     provider = get_provider()
     print(f"{environment()}\n{provider.device.name} through {provider.name}\n")
     if args.steps:  # first: what is counted begins with the process
-        print(f"{_vulkan_model.table(_vulkan_model.measure(provider, args))}\n", flush=True)
+        counted = _vulkan_model.measure(provider, args)
+        print(f"{_vulkan_model.table(counted)}\n", flush=True)
+        if counted.interrupted:
+            return 130
     operations = [_operation(provider, name, size, args) for name in args.operations for size in args.sizes]
     if operations:
         print(f"{_operation_table(operations, args.batch)}\n")
-    lines = [_attention(provider, keys, density, args) for keys in args.lengths for density in args.densities]
+    lines = [
+        _vulkan_attention.measure(provider, keys, density, args) for keys in args.lengths for density in args.densities
+    ]
     if lines:
-        print(f"{_attention_table(lines)}\n")
+        print(f"{_vulkan_attention.table(lines)}\n\n{_vulkan_attention.table_of_parts(lines)}\n")
         print(_rows_table([_rows(provider, keys, args) for keys in args.lengths]))
     if lines and args.out is not None:
         write_csv(args.out, lines)
@@ -152,38 +130,13 @@ def _operation(provider: Provider, name: str, size: int, args: argparse.Namespac
                 "torch": partial(plain.OPERATIONS[name], *inputs),
                 "moved": moved,
                 "single": partial(provider.submit, [dispatch]),
-                "batched": partial(provider.submit, [dispatch] * args.batch),
+                "batched": partial(provider.submit, _vulkan_attention.independent(work, dispatch, 2, args.batch)),
             },
             args.rounds,
         )
     seconds = {key: timing.median for key, timing in times.items()}
     seconds["batched"] /= args.batch
     return OperationResult(name, size, **seconds, error=error)
-
-
-@torch.inference_mode()
-def _attention(provider: Provider, keys: int, density: float, args: argparse.Namespace) -> AttentionResult:
-    torch.manual_seed(0)
-    pool_of(provider).trim()
-    q, k, v = (torch.randn(1, args.heads, keys, args.head_dim) for _ in range(3))
-    scale, mask = args.head_dim**-0.5, causal_mask(keys, keys, q.device)
-    tile_map = random_map(q, density)
-    error = _checked(vulkan_attention(q, k, v, tile_map, mask, scale)[0], q, k, v, tile_map)
-    times = interleaved(
-        {
-            "sdpa": lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
-            "whole": lambda: vulkan_attention(q, k, v, tile_map, mask, scale),
-        },
-        args.rounds,
-    )
-    tiles = TileList(*lower_tiles(tile_map, mask))
-    call = Call(tiles, tile_map.shape, tile_map.query_tile, tile_map.key_tile, scale)
-    kernel = _kernel_seconds(provider, (q, k, v), call, args.rounds)
-    pairs = int((tile_map.levels == EXACT).sum()) * tile_map.query_tile * tile_map.key_tile
-    return AttentionResult(
-        keys, args.heads, args.head_dim, float(tile_map.density.mean()), times["sdpa"].median, times["whole"].median,
-        kernel, 4 * pairs * args.head_dim / kernel / 1e12, error,
-    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -203,34 +156,12 @@ def _rows(provider: Provider, keys: int, args: argparse.Namespace) -> RowsResult
     return RowsResult(keys, len(rows), times["cpu"].median, times["whole"].median, error)
 
 
-def _kernel_seconds(provider: Provider, inputs: tuple[Tensor, Tensor, Tensor], call: Call, rounds: int) -> float:
-    """The forward shader on what lies on the device."""
-    width, repeats = vectors(inputs[0].shape[3]), 5
-    shape = profile.shape(provider.device, "forward", width, vectors(inputs[2].shape[3]), call.query_tile)
-    with Workspace(provider) as work:
-        dispatch: Dispatch = attention.forward_dispatch(work, provider, *inputs, call, shape)
-        work.run(dispatch)
-        timing = interleaved({"kernel": partial(provider.submit, [dispatch] * repeats)}, rounds)
-    return timing["kernel"].median / repeats
-
-
 def _operation_table(results: Sequence[OperationResult], batch: int) -> str:
     head = ["operation", "size", "torch CPU ms", "with transfer ms", "single ms", f"one of {batch} ms",
             "torch / with transfer", "torch / batched", "error"]  # fmt: skip
     rows = [
         [r.operation, f"{r.size}²", *(f"{1e3 * x:.3f}" for x in (r.torch, r.moved, r.single, r.batched)),
          f"{r.torch / r.moved:.2f}", f"{r.torch / r.batched:.2f}", f"{r.error:.0e}"]
-        for r in results
-    ]  # fmt: skip
-    return markdown_table(head, rows)
-
-
-def _attention_table(results: Sequence[AttentionResult]) -> str:
-    head = ["keys", "density", "SDPA CPU ms", "Vulkan with transfer ms", "kernel ms", "TFLOP/s",
-            "SDPA / with transfer", "error"]  # fmt: skip
-    rows = [
-        [str(r.keys), f"{r.density:.3f}", *(f"{1e3 * x:.2f}" for x in (r.sdpa, r.whole, r.kernel)),
-         f"{r.tflops:.2f}", f"{r.sdpa / r.whole:.2f}", f"{r.error:.0e}"]
         for r in results
     ]  # fmt: skip
     return markdown_table(head, rows)

@@ -62,7 +62,7 @@ def draw(predictions: Sequence[PredictionResult], tasks: Sequence[TaskResult], p
     figure = optional_module("matplotlib.figure", "viz").Figure(figsize=(5 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if predictions:
-        _draw_positions(*axes[:2], by_tolerance(predictions))
+        _draw_positions(axes[0], axes[1], by_tolerance(predictions))
     if tasks:
         _draw_tasks(axes[-1], tasks)
     path.parent.mkdir(parents=True, exist_ok=True)

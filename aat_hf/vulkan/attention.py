@@ -95,15 +95,8 @@ def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, sha
     shape = shape or _shape(provider, "forward", q, v, call.query_tile)
     with Workspace(provider) as work:
         dispatch = forward_dispatch(work, provider, q, k, v, call, shape)
-        output, rows, skipped = dispatch.buffers[4:]
-        work.run(dispatch, fetch=(output, rows, *([skipped] if call.skips else [])))
-        lse, lost = torch.from_numpy(lowering.read_words(rows, (*q.shape[:3], 2), np.float32)).unbind(-1)
-        return Forward(
-            lowering.read_rows(output, torch.Size((*q.shape[:3], v.shape[3])), v.dtype),
-            lse.contiguous(),
-            lost.contiguous(),
-            Skipped(lowering.read_words(skipped, _pieces(call, shape.own), np.uint32), shape.own),
-        )
+        work.run(dispatch, fetch=dispatch.buffers[4:] if call.skips else dispatch.buffers[4:6])
+        return read_forward(dispatch, q, v, call, shape)
 
 
 def forward_dispatch(
@@ -113,13 +106,26 @@ def forward_dispatch(
     call = call.joined
     words = lowering.by_rows(call.tiles, call.query_tile)
     output, rows = lowering.room((*q.shape[:3], v.shape[3])), 8 * q.shape[:3].numel()
-    skipped = np.zeros(_pieces(call, shape.own), np.uint32)
+    skipped = np.zeros(_pieces(call, shape.own), np.uint32) if call.skips else 4
     return Dispatch(
         variant("attention_forward", provider.device),
         tuple(work.buffers(q, k, words.words, v, output, rows, skipped)),
         (call.shape[2] * _blocks(call.query_tile, shape), q.shape[1], q.shape[0]),
         _spec(shape, q, v, call),
         _push(q, k, call, words, shape.own),
+    )
+
+
+def read_forward(dispatch: Dispatch, q: Tensor, v: Tensor, call: Call, shape: Shape) -> Forward:
+    """What `forward_dispatch` computed, from its downloaded buffers."""
+    output, rows, skipped = dispatch.buffers[4:]
+    lse, lost = torch.from_numpy(lowering.read_words(rows, (*q.shape[:3], 2), np.float32)).unbind(-1)
+    size = _pieces(call, shape.own)
+    return Forward(
+        lowering.read_rows(output, torch.Size((*q.shape[:3], v.shape[3])), v.dtype),
+        lse.contiguous(),
+        lost.contiguous(),
+        Skipped(lowering.read_words(skipped, size, np.uint32) if call.skips else np.zeros(size, np.uint32), shape.own),
     )
 
 
@@ -130,55 +136,65 @@ def backward(
     gradients: tuple[Tensor, Tensor],
     call: Call,
     skipped: Skipped,
-    shapes: tuple[Shape, Shape] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from those of output and log-sum-exp, in the dtypes of q, k, v.
 
     Args:
         inputs: q, k, v; results: output and lse of `forward`; gradients: of these two; skipped: by `forward`.
-        shapes: for the shader of q and for that of k and v.
 
     Raises:
         OutOfDeviceMemoryError, VulkanLimitError: the call does not fit the device; nothing was computed.
     """
     q, k, v = inputs
-    d_output, d_lse = (x.float() for x in gradients)
-    for_q, for_k = shapes or (
-        _shape(provider, "queries", q, v, call.query_tile),
-        _shape(provider, "keys", q, v, call.key_tile),
-    )
-    delta = (d_output * results[0].float()).sum(-1) - d_lse
-    rows = torch.stack([(results[1] * _LOG2E).nan_to_num(neginf=_NEVER), delta], -1)
-    joined = call.joined
-    by_rows = lowering.by_rows(joined.tiles, joined.query_tile)
-    by_columns = lowering.by_columns(call.tiles, call.shape, k.shape[1], call.query_tile)
+    shapes = _shape(provider, "queries", q, v, call.query_tile), _shape(provider, "keys", q, v, call.key_tile)
     with Workspace(provider) as work:
-        at_q, at_k, at_v, in_rows, in_columns, at_d, sums, pieces, d_q, d_k, d_v = work.buffers(
-            q, k, v, by_rows.words, by_columns.words, d_output, rows.numpy(), skipped.pieces,
-            *(lowering.room(x.shape) for x in inputs),
-        )  # fmt: skip
-        dispatches = [
-            Dispatch(
-                "attention_backward_queries",
-                (at_q, at_k, in_rows, at_v, at_d, sums, d_q, pieces),
-                (call.shape[2] * _blocks(call.query_tile, for_q), q.shape[1], q.shape[0]),
-                _spec(for_q, q, v, call),
-                _push(q, k, joined, by_rows, skipped.rows),
-            ),
-            Dispatch(
-                "attention_backward_keys",
-                (at_q, at_k, in_columns, at_v, at_d, sums, d_k, d_v, pieces),
-                (call.shape[3] * _blocks(call.key_tile, for_k), k.shape[1], k.shape[0]),
-                _spec(for_k, q, v, call),
-                _push(q, k, call, by_columns, skipped.rows),
-            ),
-        ]
+        dispatches = backward_dispatches(work, inputs, results, gradients, call, skipped, shapes)
+        d_q, (d_k, d_v) = dispatches[0].buffers[6], dispatches[1].buffers[6:8]
         work.run(*dispatches, fetch=(d_q, d_k, d_v))
         return (
             lowering.read_rows(d_q, q.shape, q.dtype),
             lowering.read_rows(d_k, k.shape, k.dtype),
             lowering.read_rows(d_v, v.shape, v.dtype),
         )
+
+
+def backward_dispatches(
+    work: Workspace,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    call: Call,
+    skipped: Skipped,
+    shapes: tuple[Shape, Shape],
+) -> tuple[Dispatch, Dispatch]:
+    """The shader of the gradient of q (binding 6), and that of the gradients of k and v (6 and 7), as `backward`."""
+    (q, k, v), (for_q, for_k) = inputs, shapes
+    d_output, d_lse = (x.float() for x in gradients)
+    delta = (d_output * results[0].float()).sum(-1) - d_lse
+    rows = torch.stack([(results[1] * _LOG2E).nan_to_num(neginf=_NEVER), delta], -1)
+    joined = call.joined
+    by_rows = lowering.by_rows(joined.tiles, joined.query_tile)
+    by_columns = lowering.by_columns(call.tiles, call.shape, k.shape[1], call.query_tile)
+    at_q, at_k, at_v, in_rows, in_columns, at_d, sums, pieces, d_q, d_k, d_v = work.buffers(
+        q, k, v, by_rows.words, by_columns.words, d_output, rows.numpy(), skipped.pieces,
+        *(lowering.room(x.shape) for x in inputs),
+    )  # fmt: skip
+    return (
+        Dispatch(
+            "attention_backward_queries",
+            (at_q, at_k, in_rows, at_v, at_d, sums, d_q, pieces),
+            (call.shape[2] * _blocks(call.query_tile, for_q), q.shape[1], q.shape[0]),
+            _spec(for_q, q, v, call),
+            _push(q, k, joined, by_rows, skipped.rows),
+        ),
+        Dispatch(
+            "attention_backward_keys",
+            (at_q, at_k, in_columns, at_v, at_d, sums, d_k, d_v, pieces),
+            (call.shape[3] * _blocks(call.key_tile, for_k), k.shape[1], k.shape[0]),
+            _spec(for_k, q, v, call),
+            _push(q, k, call, by_columns, skipped.rows),
+        ),
+    )
 
 
 def _shape(provider: Provider, role: str, q: Tensor, v: Tensor, tile: int) -> Shape:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import attention, plain, profile
 from aat_hf.vulkan.attention import Call
-from aat_hf.vulkan.interface import Provider
+from aat_hf.vulkan.interface import Dispatch, Provider
 from aat_hf.vulkan.lowering import TileList, vectors
 from aat_hf.vulkan.profile import Costs, Direction, Profile
 from aat_hf.vulkan.provider import get_provider
 from aat_hf.vulkan.shapes import Shape, candidates
+from aat_hf.vulkan.workspace import Workspace
 
 _TUNED_KEYS = 4096  # where shapes are compared
 _CALLS = ((256, 1.0), (1024, 1.0), (4096, 1.0), (4096, 0.25))  # keys and density of the calls that give the costs
@@ -65,32 +68,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tuned(provider: Provider, heads: int, dim: int, keys: int, rounds: int) -> dict[str, Shape]:
-    """The fastest shape of every role for a head dimension, by the name it has in the profile."""
+    """The shape whose shader is the fastest, for every role and a head dimension, by the name it has in the profile."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, keys, dim) for _ in range(3))
     call = _call(q, random_map(q, 0.5))
     found = attention.forward(provider, q, k, v, call)
     width = vectors(dim)
-    offered = {role: candidates(provider.device, role, width, width) for role in ("forward", "queries", "keys")}
-    first = {role: shapes[0] for role, shapes in offered.items()}
 
-    def forward(shape: Shape) -> Any:
-        return attention.forward(provider, q, k, v, call, shape)
+    def forward(work: Workspace, shape: Shape) -> Dispatch:
+        return attention.forward_dispatch(work, provider, q, k, v, call, shape)
 
-    def backward(role: str, shape: Shape) -> Any:
-        both = {**first, role: shape}
-        pair = both["queries"], both["keys"]
-        return attention.backward(provider, (q, k, v), found[:2], found[:2], call, found.skipped, pair)
+    def backward(part: int, work: Workspace, shape: Shape) -> Dispatch:
+        both = attention.backward_dispatches(work, (q, k, v), found[:2], found[:2], call, found.skipped, (shape, shape))
+        return both[part]
 
-    runs: dict[str, Callable[[Shape], Any]] = {
-        "forward": forward, "queries": partial(backward, "queries"), "keys": partial(backward, "keys"),
-    }  # fmt: skip
     best = {}
-    for role, run_with in runs.items():
-        times = interleaved({str(shape): partial(run_with, shape) for shape in offered[role]}, rounds)
-        fastest = min(offered[role], key=lambda shape: times[str(shape)].median)
-        best[profile.key(role, width, width)] = first[role] = fastest
+    for role, prepare in (("forward", forward), ("queries", partial(backward, 0)), ("keys", partial(backward, 1))):
+        offered = candidates(provider.device, role, width, width)
+        seconds: dict[Shape, list[float]] = {shape: [] for shape in offered}
+        for shape in rounds * offered:
+            seconds[shape].append(_kernel_seconds(provider, partial(prepare, shape=shape)))
+        best[profile.key(role, width, width)] = min(offered, key=lambda shape: median(seconds[shape]))
     return best
+
+
+def _kernel_seconds(provider: Provider, prepare: Callable[[Workspace], Dispatch]) -> float:
+    """Of a shader on what lies on the device: the transfers take as long with any shape, and hide the differences."""
+    with Workspace(provider) as work:
+        dispatch = prepare(work)
+        work.run(dispatch)  # uploads, and compiles
+        began = perf_counter()
+        provider.submit([dispatch])
+        return perf_counter() - began
 
 
 def measured(dtype: torch.dtype, heads: int, dim: int, calls: tuple[tuple[int, float], ...], rounds: int) -> Costs:

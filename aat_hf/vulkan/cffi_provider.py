@@ -143,18 +143,15 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         layouts = [pipeline.set_layout]
         described = vk.VkDescriptorSetAllocateInfo(descriptorPool=descriptors, pSetLayouts=layouts)
         bound = vk.vkAllocateDescriptorSets(self._device.handle, described)[0]
-        whole = [[vk.VkDescriptorBufferInfo(buffer.main.handle, 0, buffer.nbytes)] for buffer in buffers]
-        writes = [
-            vk.VkWriteDescriptorSet(
-                dstSet=bound,
-                dstBinding=place,
-                descriptorCount=1,
-                descriptorType=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
-                pBufferInfo=info,
-            )
-            for place, info in enumerate(whole)
-        ]
-        vk.vkUpdateDescriptorSets(self._device.handle, len(writes), writes, 0, None)
+        whole = [vk.VkDescriptorBufferInfo(buffer.main.handle, 0, buffer.nbytes) for buffer in buffers]
+        write = vk.VkWriteDescriptorSet(  # binding 0 and, as it has room for one buffer, those that follow
+            dstSet=bound,
+            dstBinding=0,
+            descriptorCount=len(whole),
+            descriptorType=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
+            pBufferInfo=whole,
+        )
+        vk.vkUpdateDescriptorSets(self._device.handle, 1, [write], 0, None)
         return bound
 
     def _descriptor_pool(self, batches: list[list[Dispatch]]) -> Any:

@@ -6,7 +6,7 @@
   two evaluations orders them.
 - Constants are always given as uint32 arrays: it takes anything else for floats.
 - Neither time limits nor asynchronous evaluation nor timestamps are used; they misuse fences and query pools.
-- It copies whole buffers, whatever part of them is used.
+- It copies whole buffers, whatever part of them is used, through the first coherent kind of memory, cached or not.
 - An algorithm is tied to its buffers and workgroups, and a sequence can be recorded only once; both are cached.
 """
 

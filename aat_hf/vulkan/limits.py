@@ -55,7 +55,7 @@ def check_dispatch(dispatch: Dispatch, device: DeviceInfo) -> None:
         VulkanLimitError: the first thing that does not fit.
     """
     module = spirv.load(dispatch.shader)
-    local = module.local_size(dispatch.spec)
+    local, shared_bytes = spirv.workgroup(dispatch.shader, dispatch.spec)
     axes, groups = zip("xyz", dispatch.groups, device.max_groups, strict=True), dispatch.groups
     needs = [
         (len(dispatch.buffers) > max(module.bindings, default=0),
@@ -72,8 +72,8 @@ def check_dispatch(dispatch: Dispatch, device: DeviceInfo) -> None:
         (all(1 <= size <= most for size, most in zip(local, device.max_local, strict=True))
          and math.prod(local) <= device.max_invocations,
          f"has workgroups of {local}, more than {device.max_local} or {device.max_invocations} in all"),
-        (module.shared_bytes(dispatch.spec) <= device.max_shared_bytes,
-         f"shares {module.shared_bytes(dispatch.spec)} bytes in a workgroup, more than {device.max_shared_bytes}"),
+        (shared_bytes <= device.max_shared_bytes,
+         f"shares {shared_bytes} bytes in a workgroup, more than {device.max_shared_bytes}"),
         (not (missing := _missing(module.capabilities, device)), f"needs {missing}, which is not enabled"),
     ]  # fmt: skip
     for met, what in needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -171,13 +172,12 @@ def read_rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 def write_words(buffer: Buffer, words: NDArray[np.generic]) -> None:
     """Copy 32-bit words into the buffer's host memory."""
-    buffer.view()[: words.nbytes] = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+    _words(buffer, words.size).copy_(torch.from_numpy(np.ascontiguousarray(words).reshape(-1).view(np.int32)))
 
 
 def read_words(buffer: Buffer, shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     """A copy of 32-bit words of `dtype`."""
-    size = 4 * int(np.prod(shape))
-    return buffer.view()[:size].view(dtype).reshape(shape).copy()
+    return _words(buffer, math.prod(shape)).clone().numpy().view(dtype).reshape(shape)
 
 
 def threads(provider: Provider) -> int:
@@ -189,6 +189,11 @@ def spread(provider: Provider, groups: int) -> tuple[int, int, int]:
     """So many workgroups, or a few more, along x and then y."""
     most = provider.device.max_groups[0]
     return min(groups, most), -(-groups // most), 1
+
+
+def _words(buffer: Buffer, count: int) -> Tensor:
+    """The first words of the buffer's host memory (count,): a tensor, for torch copies with all of its threads."""
+    return torch.from_numpy(buffer.view()[: 4 * count].view(np.int32))
 
 
 def _rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,10 @@ from aat_hf.vulkan.errors import VulkanLimitError
 from aat_hf.vulkan.interface import DeviceInfo
 
 LANES, OTHER = 8, 32  # of a team; rows of the visited blocks: as in tiles.glsl
-_SHAPES = ((64, 8), (128, 4), (64, 4), (128, 2), (32, 8), (32, 4), (64, 2), (32, 2), (8, 4), (8, 2), (8, 1))
+_SHAPES = (
+    (64, 8), (128, 4), (64, 4), (128, 2), (32, 8), (32, 4), (64, 2), (32, 2), (256, 2), (256, 1), (128, 1), (64, 1),
+    (8, 4), (8, 2), (8, 1),
+)  # fmt: skip
 _SOFTWARE = ((16, 2), (8, 4), (8, 2), (8, 1))  # small: a software driver compiles long and runs on few threads
 _SUMS = 24  # vectors of four that an invocation may hold for sums: with the scores they must fit its registers
 

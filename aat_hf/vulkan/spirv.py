@@ -146,6 +146,13 @@ def load(shader: str) -> Module:
         raise VulkanError(f"shader {shader!r} is no valid SPIR-V ({error}); rebuild or reinstall it") from error
 
 
+@lru_cache(maxsize=256)
+def workgroup(shader: str, spec: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Invocations along x, y, z and shared memory of a workgroup with these specialisation constants."""
+    module = load(shader)
+    return module.local_size(spec), module.shared_bytes(spec)
+
+
 def parse(code: bytes) -> Module:
     """Read a module.
 

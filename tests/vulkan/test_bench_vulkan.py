@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import signal
 
 import pytest
 import torch
 from tiny_model import save_tiny
 
-from aat_hf.bench import _vulkan_model
+from aat_hf.bench import _vulkan_attention, _vulkan_model
 from aat_hf.bench import vulkan as bench
 from aat_hf.bench.attention import NumericalError
 from aat_hf.kernels import vulkan as kernel
+from aat_hf.vulkan import limits, plain
 from aat_hf.vulkan import provider as providers
 from aat_hf.vulkan.buffers import PoolStatistics
+from aat_hf.vulkan.lowering import read_rows, room
 from aat_hf.vulkan.pipelines import CacheStatistics
+from aat_hf.vulkan.workspace import Workspace
 
 pytestmark = pytest.mark.vulkan
 
@@ -46,7 +50,37 @@ def test_tables(one, tmp_path, capsys):
         "| matmul | 16² |",
     ):
         assert line in shown
-    assert "| 64 | 1.000 |" in shown and "| 64 | 2 |" in shown and out.read_text().count("\n") == 2
+    assert shown.count("| 64 | 1.000 |") == 2 and "| 64 | 2 |" in shown and "| copy in ms |" in shown
+    assert out.read_text().count("\n") == 2
+
+
+@ONE_OF_EACH
+def test_an_interrupted_model_is_counted_as_far_as_it_went(one, tmp_path, monkeypatch, capsys):
+    step, steps = _vulkan_model._step, iter((None, None, signal.SIGTERM))
+    monkeypatch.setattr(
+        _vulkan_model,
+        "_step",
+        lambda *a, **k: signal.raise_signal(told) if (told := next(steps)) else step(*a, **k),
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    model = ["--steps", "9", "--step-lengths", "140", "180", "--model", save_tiny(tmp_path)]
+    assert bench.main([*model, "--lengths", "64"]) == 130
+    shown = capsys.readouterr().out
+    assert "| 2, interrupted |" in shown and "pool: hit rate" in shown and "TFLOP/s" not in shown
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_repeated_dispatches_do_not_wait_for_each_other(provider):
+    a = torch.randn(8)
+    with Workspace(provider) as work:
+        source, result = work.buffers(a, room((8,)))
+        relu = plain.elementwise_dispatch(provider, "relu", source, source, result, 8)
+        many = _vulkan_attention.independent(work, relu, 2, 3)
+        assert [len(batch) for batch in limits.batches([relu] * 3)] == [1, 1, 1]
+        assert [len(batch) for batch in limits.batches(many)] == [3]
+        work.run(*many, fetch=tuple(dispatch.buffers[-1] for dispatch in many))
+        for dispatch in many:
+            assert torch.equal(read_rows(dispatch.buffers[-1], a.shape, torch.float32), a.relu())
 
 
 @ONE_OF_EACH
@@ -66,7 +100,9 @@ def test_growth_is_told_by_quarters():
 def test_the_table_names_targets():
     pool = PoolStatistics(hits=95, misses=5, handed_total=4, requested_total=3, idle_at_misses=1, held_at_misses=200)
     found = _vulkan_model.table(
-        _vulkan_model.Run(8, 0.1, 0.2, pool, CacheStatistics(), (1.0, 2.0, 2.0), CacheStatistics(), CacheStatistics())
+        _vulkan_model.Run(
+            8, False, 0.1, 0.2, pool, CacheStatistics(), (1.0, 2.0, 2.0), CacheStatistics(), CacheStatistics()
+        )
     )
     for cells in ("95.00% | ≥ 90 % |", "25.00% |", "0.500% | < 1 % |", "2.0 MiB | ≤ 2.0 MiB |"):
         assert cells in found

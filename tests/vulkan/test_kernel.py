@@ -22,7 +22,7 @@ from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.vulkan import vulkan_attention, vulkan_skip_attention
 from aat_hf.tiling.masks import causal_mask, full_mask
 from aat_hf.tiling.tile_map import TileMap
-from aat_hf.vulkan import lowering, profile
+from aat_hf.vulkan import limits, lowering, profile
 from aat_hf.vulkan import shapes as workgroups
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError
@@ -124,6 +124,17 @@ def test_without_subgroup_shuffles(monkeypatch):
     shuffled = run(tensors, tile_map, mask, 0.3)
     monkeypatch.setattr(workgroups, "subgroups", lambda device: False)
     assert all(torch.equal(a, b) for a, b in zip(run(tensors, tile_map, mask, 0.3), shuffled, strict=True))
+
+
+def test_one_submission_without_copies_of_results(provider, monkeypatch):
+    """Only what a shader reads is uploaded: a result among it would need a submission of its own with kompute."""
+    calls, submit = [], provider.submit
+    monkeypatch.setattr(provider, "submit", lambda *a, **k: calls.append((a[0], k["upload"])) or submit(*a, **k))
+    mask, tensors = causal_mask(50, 50, CPU), inputs(1, 2, 1, 50, 50, 32)
+    run(tensors, random_map(mask, 1, 2, 32, 32), mask, 0.3)
+    assert len(calls) == 2  # forward and backward
+    for dispatches, upload in calls:
+        assert set().union(*map(limits.written_buffers, dispatches)).isdisjoint(map(id, upload))
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1e-3])

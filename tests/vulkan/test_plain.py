@@ -54,6 +54,14 @@ def test_matmul(provider, sizes):
 
 
 @pytest.mark.vulkan
+def test_long_sums_of_matmul_stay_accurate(provider):
+    """A single chain of float32 sums would be off by 2e-6 here."""
+    a, b = torch.randn(32, 4096), torch.randn(4096, 32)
+    found = plain.on_device(provider, "matmul", [(a, b)])[0]
+    assert distance(found, a.double() @ b.double()) < LIMIT / 3
+
+
+@pytest.mark.vulkan
 @pytest.mark.parametrize("operation", plain.OPERATIONS)
 def test_many_in_one_submission(provider, monkeypatch, operation):
     """Of different sizes, each with its own result."""

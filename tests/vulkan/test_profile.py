@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from itertools import count
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from aat_hf.attention import tiled_attention
 from aat_hf.kernels import vulkan as kernel
 from aat_hf.tiling.masks import full_mask
 from aat_hf.tiling.tile_map import EXACT, TileMap
-from aat_hf.vulkan import calibrate, profile, provider
+from aat_hf.vulkan import calibrate, plain, profile
+from aat_hf.vulkan import provider as providers
 from aat_hf.vulkan.errors import VulkanLimitError, VulkanUnavailableError
 from aat_hf.vulkan.profile import Costs, Direction, Profile
 from aat_hf.vulkan.shapes import Shape, candidates
+from aat_hf.vulkan.workspace import Workspace
 
 GPU = dataclasses.replace(DEVICE, kind="discrete", name="A (fast) GPU", max_shared_bytes=49152)
 FASTER, SLOWER = Direction(1e-9, 0.0, 0.0, 1.0), Direction(1e9, 0.0, 0.0, 1.0)
@@ -32,7 +35,7 @@ def measured(monkeypatch, tmp_path):
     def store(forward, backward, device=GPU):
         fake = FakeProvider(0)
         fake.device = device
-        monkeypatch.setattr(provider, "get_provider", lambda: fake)
+        monkeypatch.setattr(providers, "get_provider", lambda: fake)
         profile.save(device, Profile({}, [Costs("float32", 64, forward, backward)], {}))
 
     yield store
@@ -90,7 +93,7 @@ def test_a_device_that_went_away(measured, monkeypatch, caplog):
     def gone():
         raise VulkanUnavailableError("no driver")
 
-    monkeypatch.setattr(provider, "get_provider", gone)
+    monkeypatch.setattr(providers, "get_provider", gone)
     with caplog.at_level(logging.WARNING, "aat_hf"):
         assert not profile.pays(*call()) and not profile.pays(*call())
     assert caplog.text.count("no driver") == 1
@@ -161,6 +164,37 @@ def test_a_measured_shape_is_used_where_it_fits(measured):
     profile.save(GPU, Profile({profile.key("forward", 16, 16): offered[1]}, [], {}))
     assert profile.shape(GPU, "forward", 16, 16, 64) == offered[1]
     assert profile.shape(GPU, "forward", 16, 16, 16).own <= 16  # a tile of 16 rows would leave the others idle
+
+
+@pytest.mark.vulkan
+def test_the_shape_of_the_fastest_shader_is_chosen(provider, monkeypatch):
+    """Timed is the shader of the role alone; here one shape of each is the fastest, by its specialisation constants."""
+    fastest = {role: candidates(provider.device, role, 2, 2)[-1] for role in ("forward", "queries", "keys")}
+    shaders = {"attention_backward_queries": "queries", "attention_backward_keys": "keys"}
+
+    def seconds(provider, prepare):
+        with Workspace(provider) as work:
+            dispatch = prepare(work)
+            best = fastest[shaders.get(dispatch.shader, "forward")]
+            return float(dispatch.spec[:3] != (best.threads, best.rows, best.chunk))
+
+    monkeypatch.setattr(calibrate, "_kernel_seconds", seconds)
+    assert calibrate.tuned(provider, 1, 8, 64, 2) == {f"{role}-2-2": shape for role, shape in fastest.items()}
+
+
+@pytest.mark.vulkan
+def test_a_shader_is_timed_without_its_transfers(provider, monkeypatch):
+    submitted, submit, clock = [], provider.submit, count()
+    monkeypatch.setattr(provider, "submit", lambda *a, **k: submitted.append((next(clock), k)) or submit(*a, **k))
+    monkeypatch.setattr(calibrate, "perf_counter", lambda: next(clock))
+
+    def relu(work):
+        source, result = work.buffers(torch.ones(8), 32)
+        return plain.elementwise_dispatch(provider, "relu", source, source, result, 8)
+
+    assert calibrate._kernel_seconds(provider, relu) == 2  # readings: before and after the second submission
+    assert [place for place, _ in submitted] == [0, 2]
+    assert submitted[0][1]["upload"] and not submitted[1][1]
 
 
 def test_a_device_with_too_little_shared_memory():
