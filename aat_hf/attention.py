@@ -23,7 +23,7 @@ from aat_hf.report.stages import Stages
 from aat_hf.tiling.arguments import as_mask, check_inputs
 from aat_hf.tiling.audit import Audit, audit_rows
 from aat_hf.tiling.layout import held_out_rows
-from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.masks import AttentionMask, IntervalMask
 from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.plan import plan
 from aat_hf.tiling.select import Scene
@@ -125,6 +125,10 @@ def tiled_attention(
     q, k = lift(q, k, config.geometry, config.curvature)
     extras = Extras(softcap, sinks, bias, dropout)
     stages = Stages(q.device)
+    if not need_weights and _decodes(q, k, v, mask, config, extras):
+        decoded = _decode(q, k, v, mask, config, scale, extras, stages, audit)
+        if decoded is not None:
+            return decoded
     reason = why_dense(q, k, v, config, extras, need_weights)
     tile_map = estimated = cells = None
     if reason is None:  # read several times: a strided view costs more than one copy
@@ -143,11 +147,13 @@ def tiled_attention(
         return TiledAttentionResult(output, lse, None, None, "dense", reason, weights, stages=stages.milliseconds())
     with stages("compute"):
         if tile_map is None:  # mode "skip": decided while computing
-            output, lse_kept, tile_map, bound = skip_attention(q, k, v, mask, config, scale, softcap)
-            estimated = bound.mean(-1)
+            output, lse, tile_map, bound = skip_attention(q, k, v, mask, config, scale, softcap)
+            lse_kept, estimated = lse, bound.mean(-1)
         else:
-            output, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
-        output, lse = _with_coarse_and_sinks(output, lse_kept, q, k, v, tile_map, config, scale, extras)
+            output, lse, lse_kept = _kept_attention(q, k, v, tile_map, mask, config, scale, softcap)
+        if sinks is not None:
+            sink = sinks.to(lse)[None, :, None].expand_as(lse)
+            output, lse = merge_attention((output, lse), (torch.zeros_like(output), sink))
     measured = None
     if audit and config.audit_rows:
         with stages("audit"):
@@ -181,6 +187,40 @@ def why_dense(
     return None
 
 
+def _decodes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, extras: Extras) -> bool:
+    """Whether a single query's values are selected: `aat_hf.kernels.cpu_decode` does it, without gradients."""
+    shortest = max(router.decode_from(config), config.dense_prefix + 1)
+    if q.shape[2] != 1 or k.shape[2] < shortest or config.mode == "dense" or config.tolerance == 0 or config.coarse:
+        return False
+    if q.device.type != "cpu" or q.dtype == torch.float64 or config.backend not in ("auto", "cpu"):
+        return False
+    if extras.bias is not None or extras.dropout > 0 or not isinstance(mask, IntervalMask):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    row = torch.zeros(1, dtype=torch.long, device=q.device)
+    return int(mask.counts(row, mask.keys).min()) >= shortest
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, scale: float, extras: Extras,
+    stages: Stages, audit: bool,
+) -> TiledAttentionResult | None:  # fmt: skip
+    """Attention of a single query; None where a score is not finite or the cache lies in memory in another way."""
+    from aat_hf.kernels.cpu_decode import decode_attention  # numba, loaded when needed
+
+    assert isinstance(mask, IntervalMask)
+    with stages("compute"):
+        found = decode_attention(q, k, v, mask, config, scale, extras.softcap, extras.sinks)
+    if found is None:
+        return None
+    measured = Audit(torch.zeros(1, dtype=torch.long), found.lost) if audit else None
+    return TiledAttentionResult(
+        found.output, found.lse, found.tile_map, measured, "skip", estimated=found.lost[..., 0],
+        stages=stages.milliseconds(),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def _finite(x: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(x)).isfinite().all())
@@ -195,42 +235,30 @@ def _kept_attention(
     config: AATConfig,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the exact tiles on the backend asked for: output and log-sum-exp."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention on the backend asked for: output, log-sum-exp, and the log-sum-exp of the exact tiles alone."""
     if config.backend == "reference":
         kept = tile_map.exact.repeat_interleave(tile_map.query_tile, 2)[:, :, : q.shape[2]]
         kept = kept.repeat_interleave(tile_map.key_tile, 3)[..., : k.shape[2]]
         allowed = kept & mask.rows(torch.arange(q.shape[2], device=q.device))
         output, lse, _ = reference_attention(q, k, v, allowed, scale, softcap)
-        return output, lse
-    if config.backend == "vulkan" or (config.backend == "auto" and profile.pays(q, k, v, tile_map)):
+    elif config.backend == "vulkan" or (config.backend == "auto" and profile.pays(q, k, v, tile_map)):
         from aat_hf.kernels.vulkan import vulkan_attention  # the device is opened when needed
 
-        return vulkan_attention(q, k, v, tile_map, mask, scale, softcap)
-    if config.backend == "cpu" or (config.backend == "auto" and q.device.type == "cpu" and q.dtype != torch.float64):
-        from aat_hf.kernels.cpu import cpu_attention  # numba, loaded when needed
+        output, lse = vulkan_attention(q, k, v, tile_map, mask, scale, softcap)
+    elif config.backend == "cpu" or (config.backend == "auto" and q.device.type == "cpu" and q.dtype != torch.float64):
+        if config.coarse:
+            from aat_hf.kernels.cpu_coarse import cpu_coarse_attention  # numba, loaded when needed
 
-        return cpu_attention(q, k, v, tile_map, mask, scale, softcap)
-    return gather_attention(q, k, v, tile_map, mask, scale, softcap)
+            return cpu_coarse_attention(q, k, v, tile_map, mask, scale, softcap)
+        from aat_hf.kernels.cpu import cpu_attention
 
-
-def _with_coarse_and_sinks(
-    output: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tile_map: TileMap,
-    config: AATConfig,
-    scale: float,
-    extras: Extras,
-) -> tuple[Tensor, Tensor]:
-    if config.coarse:
-        output, lse = merge_attention((output, lse), coarse_attention(q, k, v, tile_map, scale, extras.softcap))
-    if extras.sinks is not None:
-        sink = extras.sinks.to(lse)[None, :, None].expand_as(lse)
-        output, lse = merge_attention((output, lse), (torch.zeros_like(output), sink))
-    return output, lse
+        output, lse = cpu_attention(q, k, v, tile_map, mask, scale, softcap)
+    else:
+        output, lse = gather_attention(q, k, v, tile_map, mask, scale, softcap)
+    if not config.coarse:
+        return output, lse, lse
+    return *merge_attention((output, lse), coarse_attention(q, k, v, tile_map, scale, softcap)), lse
 
 
 @torch.no_grad()

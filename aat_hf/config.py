@@ -26,7 +26,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 
-_OPTIONAL: dict[str, tuple[float, float]] = {"sample_stride": (1, 1024), "min_length": (0, 2**31)}
+_OPTIONAL: dict[str, tuple[float, float]] = {
+    "sample_stride": (1, 1024),
+    "min_length": (0, 2**31),
+    "decode_from": (0, 2**31),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class AATConfig:
         dense_prefix: query rows that see at most so many keys are exact.
         min_length: calls with fewer keys than this go to exact attention; None: the break-even length that
             `aat calibrate` measured on this machine; before that 3072 on a CPU, 2048 elsewhere.
+        decode_from: a single query (a decoding step) that sees at least so many keys reads the values of the heaviest
+            tiles only, chosen by their exact probability; None: 32768. On a CPU; elsewhere single queries are exact.
         control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.
@@ -80,6 +86,7 @@ class AATConfig:
     max_kept: float = 0.7
     dense_prefix: int = 1024
     min_length: int | None = None
+    decode_from: int | None = None
     control_rows: int = 64
     audit_rows: int = 64
     audit: str = "recorded"

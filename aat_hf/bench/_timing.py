@@ -20,6 +20,10 @@ class Timing:
     p80: float
     rounds: int
 
+    def divided(self, count: int) -> Timing:
+        """The time of one of `count` steps of each call."""
+        return Timing(self.median / count, self.p20 / count, self.p80 / count, self.rounds)
+
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, Timing]:
     """Call all functions once to warm up, then in turn, `rounds` times; the accelerator is waited for."""

@@ -2,12 +2,14 @@
 
 Every layer of a model is run over a text; for each selector and tolerance the map that `tiled_attention` would use
 is made, and compared with the exact tile masses of *all* rows: realised infidelity, density, and whether the audit's
-interval covers the truth. The oracle selects from the exact masses themselves.
+interval covers the truth. The oracle selects from the exact masses themselves. With --certificates: how many culls are
+certain from the keys' balls and boxes alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ from aat_hf.bench._common import MODELS, TEXTS, environment, load, look_at_layer
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
 from aat_hf.tiling.audit import Audit
+from aat_hf.tiling.certificate import TileBounds, certified, certified_query_tiles, tile_bounds
 from aat_hf.tiling.layout import forced_tiles, held_out_rows
-from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.masks import NONE, AttentionMask
 from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, measure_rows
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
@@ -38,6 +41,8 @@ class HeadResult:
     Attributes:
         lost: realised infidelity, mean over all rows; lost_p95: its 95th percentile over rows.
         audited, half_width: what the audit of held-out rows says of `lost`.
+        ball, box, either: share of the culled tiles that a bound certifies; rows_certified: share of the query tiles
+            whose culls are certified together. NaN where not asked for, or where nothing was culled.
     """
 
     model: str
@@ -52,6 +57,10 @@ class HeadResult:
     lost_p95: float
     audited: float
     half_width: float
+    ball: float = math.nan
+    box: float = math.nan
+    either: float = math.nan
+    rows_certified: float = math.nan
 
     @property
     def covered(self) -> bool:
@@ -61,19 +70,7 @@ class HeadResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0."""
-    parser = argparse.ArgumentParser(prog="aat bench selection", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, a folder or a name on the Hub")
-    parser.add_argument("--text", default="code", help=f"{', '.join(TEXTS)} or a UTF-8 file")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES))
-    parser.add_argument("--selectors", nargs="+", default=sorted(SELECTORS), help="names of registered selectors")
-    parser.add_argument("--every", type=int, default=1, help="look at every so many layers")
-    parser.add_argument("--out", type=Path, help="write a CSV with one line per head to this file")
-    _plots.add_option(parser, "realised infidelity against density")
-    args = parser.parse_args(argv)
-    _plots.check(args)
-    if "oracle" not in args.selectors:
-        args.selectors.append("oracle")
+    args = _arguments(argv)
     model, tokenizer = load(args.model)
     input_ids = tokens_of(model, tokenizer, args.text, args.tokens)
     results: list[HeadResult] = []
@@ -81,19 +78,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def look(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
             if layer % args.every == 0:
-                for selector, tolerance, found in examine(q, k, mask, scale, args.selectors, args.tolerances):
+                how = (args.selectors, args.tolerances, args.certificates)
+                for selector, tolerance, found in examine(q, k, mask, scale, *how):
                     results.extend(_by_head(args, layer, selector, tolerance, found))
             update(layer + 1)
 
         look_at_layers(model, input_ids, look)
     print(f"{args.model}, {args.text}, {args.tokens} tokens; {environment()}\n")
     print(summary(results))
+    if args.certificates:
+        print(f"\n{certificates(results)}")
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
     if args.plot is not None:
         _plots.draw(args.plot, _frontier(results), "density", "realised infidelity", log_y=True)
     return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="aat bench selection", description=__doc__)
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, a folder or a name on the Hub")
+    parser.add_argument("--text", default="code", help=f"{', '.join(TEXTS)} or a UTF-8 file")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES))
+    parser.add_argument("--selectors", nargs="+", default=sorted(SELECTORS), help="names of registered selectors")
+    parser.add_argument("--every", type=int, default=1, help="look at every so many layers")
+    parser.add_argument(
+        "--certificates",
+        action="store_true",
+        help="the share of culls that bounds certify (a fifth of the scores' cost, in float64)",
+    )
+    parser.add_argument("--out", type=Path, help="write a CSV with one line per head to this file")
+    _plots.add_option(parser, "realised infidelity against density")
+    args = parser.parse_args(argv)
+    _plots.check(args)
+    if "oracle" not in args.selectors:
+        args.selectors.append("oracle")
+    return args
 
 
 def _frontier(results: Sequence[HeadResult]) -> dict[str, list[tuple[float, float]]]:
@@ -115,12 +137,14 @@ def examine(
     scale: float,
     selectors: Sequence[str],
     tolerances: Sequence[float],
+    with_certificates: bool = False,
 ) -> list[tuple[str, float, dict[str, Tensor]]]:
     """(selector, tolerance, per-head tensors (heads,) named as in `HeadResult`) of one attention call, batch 1."""
     config = AATConfig()
     rows = torch.arange(q.shape[2], device=q.device)
     exact = measure_rows(q, k, mask, rows, config.key_tile, scale)
     states = mask.tile_states(config.query_tile, config.key_tile)
+    bounds = tile_bounds(q, k, exact.lse, config.query_tile, config.key_tile, scale) if with_certificates else None
     found = []
     for selector in selectors:
         for tolerance in tolerances:
@@ -131,7 +155,10 @@ def examine(
             else:
                 mass = get_selector(selector)(scene)
             kept = select_and_repair(scene, mass, forced_tiles(mask, states, scene.config))
-            found.append((selector, tolerance, _judge(scene, kept, exact.probability)))
+            judged = _judge(scene, kept, exact.probability)
+            if bounds is not None:
+                judged |= _certified(bounds, (states != NONE) & ~kept, tolerance)
+            found.append((selector, tolerance, judged))
     return found
 
 
@@ -155,6 +182,11 @@ def _judge(scene: Scene, kept: Tensor, exact: Tensor) -> dict[str, Tensor]:
         "audited": audit.mean[0],
         "half_width": audit.half_width[0],
     }
+
+
+def _certified(bounds: TileBounds, culled: Tensor, tolerance: float) -> dict[str, Tensor]:
+    shares = {name: certified(bound, culled, tolerance)[0] for name, bound in bounds._asdict().items()}
+    return shares | {"rows_certified": certified_query_tiles(bounds.either, culled, tolerance)[0]}
 
 
 def _by_head(
@@ -189,6 +221,21 @@ def summary(results: Sequence[HeadResult]) -> str:
             lines.append([f"{tolerance:g} {selector}", *(f"{cell:.3f}" for cell in cells)])
     head = ("tolerance, selector", "density", "/ oracle", "lost / tol.", "p90 of heads", "heads ≤ 1.5", "p95 of rows",
             "interval covers")  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def certificates(results: Sequence[HeadResult]) -> str:
+    """One line per tolerance and selector: shares of culls certified, means over the heads that cull."""
+    cases: dict[tuple[float, str], list[HeadResult]] = {}
+    for r in results:
+        if not math.isnan(r.either):
+            cases.setdefault((-r.tolerance, r.selector), []).append(r)
+    lines = []
+    for (tolerance, selector), heads in sorted(cases.items()):
+        shares = ([r.ball for r in heads], [r.box for r in heads], [r.either for r in heads])
+        cells = [*map(_mean, shares), _mean([r.rows_certified for r in heads])]
+        lines.append([f"{-tolerance:g} {selector}", *(f"{cell:.3f}" for cell in cells)])
+    head = ("tolerance, selector", "culls certified by the ball", "by the box", "by either", "query tiles, all culls")
     return markdown_table(head, lines)
 
 

@@ -173,19 +173,21 @@ def tile_metric(k: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor
     return mean, (w * centred).mT @ centred
 
 
-def diagonal_tile_metric(k: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_tile_metric(k: Tensor, exists: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean of the keys of a tile and the diagonal of its Fisher metric, as in `tile_metric`, in O(n d).
 
     Args:
         k: (..., n, d), float32 or wider, 0 where a key does not exist.
-        exists: (..., n) booleans, broadcast.
+        exists: (..., n) booleans, broadcast; all do without it.
 
     Returns:
         mean and variance, both (..., d); 0 for a tile without keys.
     """
-    count = exists.sum(-1).clamp(min=1)[..., None]
+    count = k.shape[-2] if exists is None else exists.sum(-1).clamp(min=1)[..., None]
     mean = k.sum(-2) / count
-    centred = (k - mean[..., None, :]) * exists[..., None]
+    centred = k - mean[..., None, :]
+    if exists is not None:
+        centred = centred * exists[..., None]
     return mean, centred.square().sum(-2) / count
 
 

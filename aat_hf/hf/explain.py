@@ -73,5 +73,11 @@ def _expect(module: nn.Module, config: AATConfig, length: int) -> tuple[str, str
     if module.training and isinstance(dropout, float) and dropout > 0:
         return "dense", f"dropout is {dropout} while training"
     space = "" if config.geometry == "euclidean" else f", {config.geometry} geometry"
-    reason = f"tolerance {config.tolerance}, selector {config.selector!r}{space}; decoding single tokens is exact"
+    reason = f"tolerance {config.tolerance}, selector {config.selector!r}{space}; {_decoding(config, first.device)}"
     return config.mode, reason
+
+
+def _decoding(config: AATConfig, device: torch.device) -> str:
+    if device.type != "cpu" or config.coarse or config.backend not in ("auto", "cpu"):
+        return "decoding single tokens is exact"
+    return f"decoding single tokens is exact below {router.decode_from(config)} keys"

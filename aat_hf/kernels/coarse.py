@@ -12,19 +12,24 @@ from aat_hf.tiling.layout import group_heads, tile_keys
 from aat_hf.tiling.tile_map import COARSE, TileMap
 
 
+def centroids(k: Tensor, v: Tensor, key_tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes (key_tiles,), mean keys and mean values (batch, kv_heads, key_tiles, dim) of tiles, float32 or wider."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    start = torch.arange(0, k.shape[2], key_tile, device=k.device)
+    size = (k.shape[2] - start).clamp(max=key_tile)
+    mean_key, mean_value = (tile_keys(x.to(dtype), key_tile).sum(3) / size[:, None] for x in (k, v))
+    return size, mean_key, mean_value
+
+
 def coarse_attention(
     q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the centroids of the coarse tiles: output and log-sum-exp, as `gather_attention`."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    start = torch.arange(tile_map.shape[3], device=k.device) * tile_map.key_tile
-    size = (k.shape[2] - start).clamp(max=tile_map.key_tile)
-    mean_key = tile_keys(k.to(dtype), tile_map.key_tile).sum(3) / size[:, None]
-    mean_value = tile_keys(v.to(dtype), tile_map.key_tile).sum(3) / size[:, None]
-    scores = scale * (group_heads(q.to(dtype), k.shape[1]) @ mean_key.mT)
+    size, mean_key, mean_value = centroids(k, v, tile_map.key_tile)
+    scores = scale * (group_heads(q.to(mean_key.dtype), k.shape[1]) @ mean_key.mT)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = (scores + size.to(dtype).log()).view(*q.shape[:3], -1)
+    scores = (scores + size.to(scores.dtype).log()).view(*q.shape[:3], -1)
     coarse = (tile_map.to_dense() == COARSE).repeat_interleave(tile_map.query_tile, 2)[:, :, : q.shape[2]]
     scores = scores.masked_fill(~coarse, float("-inf"))
     lse = torch.logsumexp(scores, -1)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.kernels import cpu_backward, cpu_forward
-from aat_hf.kernels.cpu_matrices import KEYS, Grid, Matrix, Rule, padded
+from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Numbers, Rule, padded
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.simd_emit import PANEL
 from aat_hf.tiling.masks import AttentionMask
@@ -24,6 +25,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_ELEMENTS = 1 << 15  # mask positions evaluated at a time: from here on torch would use its threads
 _CHUNKS = 16  # work items of a backward pass, if that many are not given by batch x kv_heads
 _CHUNK_BYTES = 1 << 28  # ... as long as their sums of dK and dV fit here
+_NO_FLOATS, _NO_NUMBERS = np.empty((0, 0), np.float32), np.empty(0, np.int64)
+NO_CENTROIDS = Centroids(_NO_NUMBERS, _NO_NUMBERS, _NO_FLOATS, _NO_FLOATS)
 
 
 class LoweredTiles(NamedTuple):
@@ -91,6 +94,16 @@ def cpu_skip_attention(
 
     Gradients are those of what was computed; the bound has none.
     """
+    check_inputs(q, k, v)
+    tiles = lower_tiles(tile_map, mask)
+    output, lse, lost, skipped = tiled_forward(
+        q, k, v, *tiles, tile_map.query_tile, tile_map.key_tile, scale, softcap, skip_below
+    )
+    return SkippedTiles(output, lse, lost.detach(), skipped.bool())
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError or TypeError for devices and dtypes that the kernel does not take."""
     if q.device.type != "cpu":
         raise ValueError(
             f'backend "cpu" computes on the CPU; q, k, v are on {q.device}: use backend "auto" or "gather"'
@@ -100,19 +113,13 @@ def cpu_skip_attention(
             f"the CPU kernel computes in float32 from float32, bfloat16 or float16; q, k, v are {q.dtype}, {k.dtype}, "
             f'{v.dtype}: convert them, or use backend="gather", which takes float64'
         )
-    tiles = lower_tiles(tile_map, mask)
-    output, lse, lost, skipped = tiled_forward(
-        q, k, v, *tiles, tile_map.query_tile, tile_map.key_tile, scale, softcap, skip_below
-    )
-    return SkippedTiles(output, lse, lost.detach(), skipped.bool())
 
 
 def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
     """Exact tiles as compressed rows; each distinct cut tile (the mask's heads and batch) is evaluated once."""
     # numpy: a thousand elements here and there are not worth torch's threads
-    exact = tile_map.levels.numpy() == EXACT
-    starts = np.concatenate([[0], exact.cumsum()])[tile_map.row_start.numpy()]
-    columns, (cut,) = tile_map.columns.numpy()[exact], tile_map.cut.numpy()[exact].nonzero()
+    starts, columns, exact = rows_of(tile_map, EXACT)
+    (cut,) = tile_map.cut.numpy()[exact].nonzero()
     _, heads, query_tiles, key_tiles = tile_map.shape
     own_batch, own_heads = (size > 1 for size in tile_map.states.shape[:2])
     row, column = starts.searchsorted(cut, side="right") - 1, columns[cut]
@@ -123,6 +130,12 @@ def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
     cuts[cut] = index
     masks = _mask_tiles(torch.from_numpy(places), tile_map, mask)
     return LoweredTiles(torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(cuts), masks)
+
+
+def rows_of(tile_map: TileMap, level: int) -> tuple[Numbers, Numbers, NDArray[np.bool_]]:
+    """`row_start` and `columns` of the tiles of one level, and which of all stored tiles they are."""
+    chosen = tile_map.levels.numpy() == level
+    return np.concatenate([[0], chosen.cumsum()])[tile_map.row_start.numpy()], tile_map.columns.numpy()[chosen], chosen
 
 
 def _mask_tiles(places: Tensor, tile_map: TileMap, mask: AttentionMask) -> Tensor:
@@ -148,11 +161,23 @@ def tiled_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, log-sum-exp, bound of what was skipped, and which pieces were (see `cpu_forward.forward`)."""
     output, lse, lost, skipped = _forward_results(q, v, columns, query_tile, key_tile, skip_below)
-    inputs = (as_matrix(q), as_matrix(k), as_matrix(v), _grid(q, k, starts, columns, cuts, masks, query_tile, key_tile))
-    results = (as_matrix(output), lse.view(-1).numpy(), lost.view(-1).numpy(), skipped.zero_().numpy())
-    work = len(columns) * query_tile * key_tile * (q.shape[-1] + v.shape[-1])
-    run(cpu_forward.forward, work, *inputs, as_rule(scale, softcap, skip_below), *results)
+    grid = as_grid(q, k, starts, columns, cuts, masks, query_tile, key_tile)
+    compute(q, k, v, grid, NO_CENTROIDS, as_rule(scale, softcap, skip_below), output, lse, lost, skipped, lse)
     return output, lse, lost, skipped
+
+
+def compute(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, centroids: Centroids, rule: Rule,
+    output: Tensor, lse: Tensor, lost: Tensor, skipped: Tensor, lse_exact: Tensor,
+) -> None:  # fmt: skip
+    """Run the forward loop, which writes the last five; `lse_exact` only with centroids."""
+    numbers = [x.view(-1).numpy() for x in (lse, lost)]
+    keys = len(grid.columns) * grid.key_tile + len(centroids.columns)
+    run(
+        cpu_forward.forward, keys * grid.query_tile * (q.shape[-1] + v.shape[-1]), as_matrix(q), as_matrix(k),
+        as_matrix(v), grid, centroids, rule, as_matrix(output), *numbers, skipped.zero_().numpy(),
+        lse_exact.view(-1).numpy(),
+    )  # fmt: skip
 
 
 def _forward_results(
@@ -182,20 +207,34 @@ def tiled_backward(
     query_tile: int, key_tile: int, scale: float, softcap: float | None, skip_below: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from those of output and log-sum-exp."""
+    grid = as_grid(q, k, starts, columns, cuts, masks, query_tile, key_tile)
+    rule = as_rule(scale, softcap, skip_below)
+    return gradients(d_output, d_lse, q, k, v, output, lse, skipped, grid, NO_CENTROIDS, rule)[:3]
+
+
+def gradients(
+    d_output: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, skipped: Tensor,
+    grid: Grid, centroids: Centroids, rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the backward loop: gradients of q, k, v, mean keys and mean values (batch, kv_heads, key_tiles, dim)."""
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    edges, chunks = _chunks(starts, q, k, v)
+    edges, chunks = _chunks(torch.from_numpy(grid.starts), q, k, v)
     # numpy's own memory: unlike torch it asks the kernel for huge pages, and first touches are what these cost
     sum_k, sum_v = (np.empty((len(edges) - 1, k.shape[2], padded(x.shape[-1])), np.float32) for x in (k, v))
-    touched = np.zeros((len(edges) - 1, -(-k.shape[2] // key_tile)), np.uint8)
+    touched = np.zeros((len(edges) - 1, -(-k.shape[2] // grid.key_tile)), np.uint8)
+    tiles = len(centroids.k) // (k.shape[0] * k.shape[1])
+    sums_mean = [np.zeros((len(edges) - 1, tiles, total.shape[2]), np.float32) for total in (sum_k, sum_v)]
     inputs = [as_matrix(x) for x in (q, k, v, output, d_output.to(v.dtype))]
     rows = [x.detach().contiguous().view(-1).numpy() for x in (lse, d_lse)]
-    grid = _grid(q, k, starts, columns, cuts, masks, query_tile, key_tile)
-    sums = (edges.numpy(), as_matrix(d_q), sum_k, sum_v, touched)
-    work = 5 * len(columns) * query_tile * key_tile * max(q.shape[-1], v.shape[-1])
-    run(cpu_backward.backward, work, *inputs, *rows, grid, as_rule(scale, softcap, skip_below), skipped.numpy(), *sums)
+    sums = (edges.numpy(), as_matrix(d_q), sum_k, sum_v, touched, *sums_mean)
+    keys = len(grid.columns) * grid.key_tile + len(centroids.columns)
+    work = 5 * keys * grid.query_tile * max(q.shape[-1], v.shape[-1])
+    run(cpu_backward.backward, work, *inputs, *rows, grid, centroids, rule, skipped.numpy(), *sums)
     for total, result in ((sum_k, d_k), (sum_v, d_v)):
-        run(cpu_backward.reduce, 8 * total.size, total, touched, k.shape[2], key_tile, chunks, as_matrix(result))
-    return d_q, d_k, d_v
+        run(cpu_backward.reduce, 8 * total.size, total, touched, k.shape[2], grid.key_tile, chunks, as_matrix(result))
+    mean_k, mean_v = (x.reshape(*k.shape[:2], chunks, tiles, x.shape[2]).sum(2) for x in sums_mean)
+    mean_k, mean_v = mean_k[..., : k.shape[3]], mean_v[..., : v.shape[3]]
+    return d_q, d_k, d_v, torch.from_numpy(mean_k).contiguous(), torch.from_numpy(mean_v).contiguous()
 
 
 @tiled_backward.register_fake
@@ -229,9 +268,10 @@ def as_matrix(x: Tensor) -> Matrix:
     return Matrix(rows.numpy(), np.empty((0, 0), np.uint16), kind)
 
 
-def _grid(
+def as_grid(
     q: Tensor, k: Tensor, starts: Tensor, columns: Tensor, cuts: Tensor, masks: Tensor, query_tile: int, key_tile: int
 ) -> Grid:
+    """The lowered tiles of attention between q and k as the loops take them."""
     starts, columns, cuts, masks = (x.contiguous() for x in (starts, columns, cuts, masks))
     sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2], query_tile, key_tile
     return Grid(starts.numpy(), columns.numpy(), cuts.numpy(), masks.numpy(), *sizes)

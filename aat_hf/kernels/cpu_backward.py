@@ -12,6 +12,7 @@ from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import (
     KEYS,
     Bytes,
+    Centroids,
     Floats,
     Grid,
     Matrix,
@@ -20,6 +21,7 @@ from aat_hf.kernels.cpu_matrices import (
     adjoining,
     aligned,
     entry,
+    gather,
     jit,
     load,
     pack,
@@ -42,7 +44,8 @@ class Backward(NamedTuple):
     Attributes:
         lse, delta: (queries,) base-2 log-sum-exp and sum of P dP less the gradient of the log-sum-exp.
         ones, unused: (PANEL,) a factor that changes nothing and a maximum that nobody reads.
-        scratch, out_rows, k, v: converted rows.
+        scratch, out_rows: converted rows.
+        k, v: converted rows or centroids; then the products of a block of centroids, in padded rows.
     """
 
     q: Floats
@@ -179,10 +182,49 @@ def _tile_gradients(
             simd.add_product(ds_at, width, high - low, work.q_rows.ctypes.data + d * 4, wide, to, wide, width, 0)
 
 
+@jit
+def _scatter_product(weights: Floats, rows: Floats, product: Floats, columns: Numbers, sums: Floats) -> None:
+    """sums[columns] += weights (columns, queries) rows (queries, padded dim), by way of `product`."""
+    wide = sums.shape[1]
+    width = rows.size // wide
+    product.fill(0)
+    for d in range(0, wide, PANEL):
+        rows_at, to = rows.ctypes.data + d * 4, product.ctypes.data + d * 4
+        simd.add_product(weights.ctypes.data, width, columns.size, rows_at, wide, to, wide, width, 0)
+    for j in range(columns.size):
+        for d in range(wide):
+            sums[columns[j], d] += product[j * wide + d]
+
+
+@jit
+def _centroid_gradients(
+    row: int, count: int, kv_head: int, centroids: Centroids, grid: Grid, rule: Rule, work: Backward, sum_k: Floats,
+    sum_v: Floats,
+) -> None:  # fmt: skip
+    """`count` packed queries of query tile `row` and the centroids of its coarse tiles: adds to dQ and to the sums."""
+    dim, value_dim = centroids.k.shape[1], centroids.v.shape[1]
+    width = work.lse.size
+    tile, end = centroids.starts[row], centroids.starts[row + 1]
+    while tile < end:
+        keys, log_size = gather(centroids, tile, end, kv_head, grid, work.k, work.v)
+        k_at, v_at = work.k.ctypes.data, work.v.ctypes.data
+        for i in range(width):
+            work.lse[i] -= log_size
+        for p in range(width // PANEL):
+            _weights(p, k_at, v_at, dim, value_dim, keys, -1, 0, 0, p * PANEL >= count, grid, rule, work)
+        for i in range(width):
+            work.lse[i] += log_size
+        columns = centroids.columns[tile : tile + keys]
+        _scatter_product(work.p, work.do_rows, work.v, columns, sum_v)
+        _scatter_product(work.ds, work.q_rows, work.k, columns, sum_k)
+        tile += keys
+
+
 @entry
 def backward(
     counter: Numbers, q: Matrix, k: Matrix, v: Matrix, out: Matrix, d_out: Matrix, lse: Floats, d_lse: Floats,
-    grid: Grid, rule: Rule, skipped: Bytes, edges: Numbers, d_q: Matrix, sum_k: Floats, sum_v: Floats, touched: Bytes,
+    grid: Grid, centroids: Centroids, rule: Rule, skipped: Bytes, edges: Numbers, d_q: Matrix, sum_k: Floats,
+    sum_v: Floats, touched: Bytes, sum_mean_k: Floats, sum_mean_v: Floats,
 ) -> None:  # fmt: skip
     """Take chunks of query tiles, `edges[c] <= row < edges[c + 1]`, from the queue until it is empty.
 
@@ -198,7 +240,7 @@ def backward(
         aligned(most * dim), aligned(most * value_dim), aligned(most * dim), aligned(most * sum_k.shape[2]),
         aligned(most * sum_v.shape[2]), aligned(KEYS * most), aligned(KEYS * most), aligned(most), aligned(most),
         aligned(PANEL), aligned(PANEL), aligned(most * max(dim, value_dim)), aligned(most * value_dim),
-        aligned(KEYS * dim), aligned(KEYS * value_dim),
+        aligned(KEYS * sum_k.shape[2]), aligned(KEYS * sum_v.shape[2]),
     )  # fmt: skip
     work.ones.fill(1)
     while True:
@@ -225,6 +267,10 @@ def backward(
                         sum_v[chunk],
                     )  # fmt: skip
                     tile += tiles
+                if centroids.starts.size:
+                    _centroid_gradients(
+                        row, count, kv_head, centroids, grid, rule, work, sum_mean_k[chunk], sum_mean_v[chunk]
+                    )
                 for i in range(count):
                     for d in range(dim):
                         work.scratch[d] = work.dq[(i // PANEL * dim + d) * PANEL + i % PANEL]

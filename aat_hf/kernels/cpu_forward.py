@@ -11,6 +11,7 @@ from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import (
     KEYS,
     Bytes,
+    Centroids,
     Floats,
     Grid,
     Matrix,
@@ -19,6 +20,7 @@ from aat_hf.kernels.cpu_matrices import (
     adjoining,
     aligned,
     entry,
+    gather,
     jit,
     load,
     pack,
@@ -119,6 +121,39 @@ def _attend_tiles(
 
 
 @jit
+def _attend_centroids(
+    row: int, at: int, count: int, kv_head: int, centroids: Centroids, grid: Grid, rule: Rule, work: Forward,
+    lse_exact: Floats,
+) -> None:  # fmt: skip
+    """`count` packed queries, of query tile `row` and from `at` on, against the centroids of its coarse tiles.
+
+    Writes the log-sum-exp of what came before.
+    """
+    dim, value_dim = centroids.k.shape[1], centroids.v.shape[1]
+    for i in range(count):
+        lse_exact[at + i] = _log_sum_exp(work.state[i // PANEL], i % PANEL)
+    tile, end = centroids.starts[row], centroids.starts[row + 1]
+    while tile < end:
+        keys, log_size = gather(centroids, tile, end, kv_head, grid, work.k, work.v)
+        for p in range(padded(count) // PANEL):
+            state = work.state[p]
+            state[0] -= log_size
+            q_at, out_at = work.q.ctypes.data + p * dim * PANEL * 4, work.out.ctypes.data + p * value_dim * PANEL * 4
+            _attend(
+                work.k.ctypes.data, work.v.ctypes.data, dim, value_dim, keys, 0, 0, rule, q_at, out_at,
+                work.scores.ctypes.data, state,
+            )  # fmt: skip
+            state[0] += log_size
+        tile += keys
+
+
+@jit
+def _log_sum_exp(state: Floats, i: int) -> float:
+    """Of lane `i` of a panel, natural."""
+    return (state[0, i] + math.log2(state[1, i])) * math.log(2) if state[1, i] > 0 else -np.inf
+
+
+@jit
 def _finish(
     out_panel: Floats, state: Floats, row: int, count: int, out: Matrix,
     lse: Floats, lost: Floats, scratch: Floats,
@@ -131,20 +166,21 @@ def _finish(
         for d in range(dim):
             scratch[d] = out_panel[d * PANEL + i] * inverse
         store(out, row + i, scratch)
-        lse[row + i] = (state[0, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
+        lse[row + i] = _log_sum_exp(state, i)
         share = state[2, i] * inverse * _SLACK
         lost[row + i] = share / (1 + share)
 
 
 @entry
 def forward(
-    counter: Numbers, q: Matrix, k: Matrix, v: Matrix, grid: Grid, rule: Rule, out: Matrix, lse: Floats, lost: Floats,
-    skipped: Bytes,
+    counter: Numbers, q: Matrix, k: Matrix, v: Matrix, grid: Grid, centroids: Centroids, rule: Rule, out: Matrix,
+    lse: Floats, lost: Floats, skipped: Bytes, lse_exact: Floats,
 ) -> None:  # fmt: skip
     """Take query tiles, rows of `grid`, from the queue until it is empty.
 
     Args:
         skipped: (tiles, pieces) uint8, set to 1 where the skip rule left out a piece (panel and block of keys).
+        lse_exact: with centroids, the log-sum-exp of the exact tiles alone; there is no skip rule then.
     """
     dim, value_dim = max(q.wide.shape[1], q.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     most = min(padded(grid.query_tile), QUERIES)
@@ -177,6 +213,8 @@ def forward(
                 tiles = adjoining(tile - 1, -1, begin - 1, grid, rule)
                 tile -= tiles
                 _attend_tiles(tile, tiles, lane, count, head_row, k, v, grid, rule, work, skipped)
+            if centroids.starts.size:
+                _attend_centroids(row, at, count, kv_head, centroids, grid, rule, work, lse_exact)
             for p in range(padded(count) // PANEL):
                 live = min(PANEL, count - p * PANEL)
                 _finish(

@@ -24,7 +24,7 @@ Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
 jit = njit(nogil=True, boundscheck=False, error_model="numpy")
 # numba's cache looks at a loop's own file only
-_SHARED = ("simd.py", "simd_emit.py", "simd_moments.py", "cpu_matrices.py", "cpu_row_tiles.py")
+_SHARED = ("simd.py", "simd_emit.py", "simd_rows.py", "simd_dots.py", "cpu_matrices.py", "cpu_row_tiles.py")
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
 
 
@@ -69,6 +69,22 @@ class Grid(NamedTuple):
     keys: int
     query_tile: int
     key_tile: int
+
+
+class Centroids(NamedTuple):
+    """Key tiles that stand as one key each, their mean, with the weight of all their keys.
+
+    Attributes:
+        starts: (rows of the grid + 1,) int64; row r has the tiles starts[r] <= t < starts[r + 1]. Empty: no such level.
+        columns: (coarse tiles,) int64, key tile, ascending in a row.
+        k: (batch * kv_heads * key_tiles, head_dim) float32, mean keys.
+        v: (batch * kv_heads * key_tiles, value_dim) float32, mean values.
+    """
+
+    starts: Numbers
+    columns: Numbers
+    k: Floats
+    v: Floats
 
 
 class Rule(NamedTuple):
@@ -199,6 +215,29 @@ def adjoining(tile: int, step: int, end: int, grid: Grid, rule: Rule) -> int:
             return count
         count += 1
     return count
+
+
+@jit
+def gather(centroids: Centroids, first: int, end: int, kv_head: int, grid: Grid, k: Floats, v: Floats) -> Any:
+    """Copy centroids first .. end, `KEYS` at most and of tiles of one size, to rows of `k` and `v`.
+
+    Returns:
+        How many, and log2 of the size: scores against a running maximum or log-sum-exp lowered by it need no bias.
+    """
+    dim, value_dim = centroids.k.shape[1], centroids.v.shape[1]
+    first_row, whole_tiles = kv_head * ((grid.keys - 1) // grid.key_tile + 1), grid.keys // grid.key_tile
+    count = 0
+    for tile in range(first, min(end, first + KEYS)):
+        column = centroids.columns[tile]
+        if column == whole_tiles and count:  # a shorter last tile comes alone
+            break
+        for d in range(dim):
+            k[count * dim + d] = centroids.k[first_row + column, d]
+        for d in range(value_dim):
+            v[count * value_dim + d] = centroids.v[first_row + column, d]
+        count += 1
+    size = min(grid.key_tile, grid.keys - centroids.columns[first] * grid.key_tile)
+    return count, np.float32(np.log2(size))
 
 
 @jit

@@ -18,9 +18,10 @@ from aat_hf.kernels.cpu_row_tiles import (
     Summary,
     address,
     exact_tiles,
+    is_whole,
     predict_tiles,
-    sees_all,
-    weigh_cut_tile,
+    totals,
+    whole_tiles,
 )
 from aat_hf.kernels.simd_emit import LOWEST, PANEL
 
@@ -71,7 +72,7 @@ def measure(
     queries, squares = aligned(dim * PANEL), aligned(dim * PANEL)
     slots = Slots(
         aligned(tiles * groups * PANEL), aligned(tiles * PANEL), np.empty(tiles, np.uint8), aligned(KEYS * PANEL),
-        aligned(KEYS * PANEL), aligned(KEYS * dim), aligned(4 * PANEL).reshape(4, PANEL),
+        aligned(KEYS * PANEL), aligned(KEYS * dim), aligned(5 * PANEL).reshape(5, PANEL), aligned(PANEL * PANEL),
         np.empty(KEYS * PANEL, np.uint8), np.empty(PANEL, np.int64), np.empty(PANEL, np.int64),
     )  # fmt: skip
     while True:
@@ -103,28 +104,29 @@ def _measure_panel(
     kv_head = batch * see.kv_heads + head % see.heads // (see.heads // see.kv_heads)
     _pack_rows(q, head, batch, panel, see, rule, queries, squares, slots)
     low, high = slots.first.min() // see.key_tile, (slots.last.max() - 1) // see.key_tile + 1
-    inside = slots.first.max(), slots.last.min()
+    inside = whole_tiles(see, slots)
     near, far, sink = low, high, high
     if summary.groups:
         near, far = _band(summary, see, batch, panel)
         sink = summary.sink
+    logit = see.sinks[head % see.heads] if see.sinks.size else np.float32(-np.inf)
+    slots.state[4] = max(LOWEST, logit)
     tile = low
     while tile < high:
-        exact, whole, after = tile < sink or near <= tile < far, sees_all(see, batch, tile, inside), tile + 1
-        most = tile + (max(1, KEYS // see.key_tile) if exact else tiles)
-        while (
-            whole and after < min(high, most) and exact == (after < sink or near <= after < far)
-            and sees_all(see, batch, after, inside)
-        ):  # fmt: skip
-            after += 1
+        exact, whole = tile < sink or near <= tile < far, is_whole(see, batch, tile, inside)
+        after = tile + max(1, KEYS // see.key_tile) if exact else high
+        for edge in (high, sink, near, far, inside[0], inside[1]):  # where a tile's kind may change
+            after = edge if tile < edge < after else after
+        if see.valid.size:
+            end, after = after, tile + 1
+            while after < end and is_whole(see, batch, after, inside) == whole:
+                after += 1
         if exact:
             exact_tiles(k, kv_head * see.keys, see, batch, tile, after - tile, groups, whole, rule, q_at, slots, dim)
         else:
-            predict_tiles(summary, kv_head * tiles * groups, tile, after - tile, rule, q_at, square_at, slots, dim)
-            if not whole:
-                weigh_cut_tile(see, batch, tile, groups, slots)
+            first = kv_head * tiles * groups
+            predict_tiles(summary, see, batch, first, tile, after - tile, whole, rule, q_at, square_at, slots, dim)
         tile = after
-    logit = see.sinks[head % see.heads] if see.sinks.size else np.float32(-np.inf)
     _normalise(slots, low, high, groups, logit, head * len(see.rows), panel * PANEL, see, probability, lse)
 
 
@@ -134,36 +136,20 @@ def _normalise(
     probability: NDArray[np.float32], lse: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Softmax over the tiles low .. high of one panel, the rows base + start of all; `sink` is one more logit."""
-    mass, state = slots.mass, slots.state
-    state[0], state[1], state[2] = LOWEST, 0, max(LOWEST, sink)
-    for slot in range(low * groups, high * groups):
-        for i in range(PANEL):
-            state[2, i] = max(state[2, i], mass[slot * PANEL + i])
-    if high > low:
-        place, here, unused = address(mass, low * groups), address(state, 2), address(state, 3)
-        simd.soften(place, (high - low) * groups, address(state, 0), here, address(state, 1), unused)
-    state[1] = 0
-    for tile in range(low, high):
-        at = tile * groups * PANEL  # the first slot takes the sum of all
-        for slot in range(1, groups):
-            for i in range(PANEL):
-                mass[at + i] += mass[at + slot * PANEL + i]
-        if slots.weighted[tile]:
-            for i in range(PANEL):
-                mass[at + i] *= slots.weight[tile * PANEL + i]
-        for i in range(PANEL):
-            state[1, i] += mass[at + i]
-    for i in range(PANEL):
-        total = state[1, i] + np.float32(2) ** (sink - state[2, i])
-        live = total > 0 and start + i < len(see.rows)
-        if start + i < len(see.rows):
-            lse[base + start + i] = (state[2, i] + math.log2(total)) * math.log(2) if live else -np.inf
-        state[3, i] = np.float32(1) / total if live else np.float32(0)
+    state, share = slots.state, slots.share
+    totals(slots, low, high, groups)
     width = min(see.together, PANEL)
-    for lane in range(0, min(PANEL, len(see.rows) - start), width):
-        row = (base + start + lane) // see.together
-        for tile in range(low, high):
-            part = np.float32(0)
-            for i in range(lane, lane + width):
-                part += mass[tile * groups * PANEL + i] * state[3, i]
-            probability[row, tile] += part
+    share[:] = 0
+    for i in range(min(PANEL, len(see.rows) - start)):
+        total = state[1, i] + np.float32(2) ** (sink - state[4, i])
+        lse[base + start + i] = (state[4, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
+        share[i * PANEL + i // width] = np.float32(1) / total if total > 0 else np.float32(0)
+    mixed, share_at = slots.scores, share.ctypes.data
+    for tile in range(low, high, KEYS):  # mean over the lanes that share a row of the result
+        count = min(KEYS, high - tile)
+        masses = address(slots.mass, tile * groups)
+        simd.scores(masses, groups * PANEL, count, share_at, PANEL, mixed.ctypes.data, PANEL, PANEL, 0)
+        for lane in range(0, min(PANEL, len(see.rows) - start), width):
+            row = (base + start + lane) // see.together
+            for t in range(count):
+                probability[row, tile + t] += mixed[t * PANEL + lane // width]

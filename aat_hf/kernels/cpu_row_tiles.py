@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, jit, load
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
-from aat_hf.kernels.simd_moments import cumulants, cumulants_capped
+from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside
 
 
 class Rows(NamedTuple):
@@ -76,7 +76,8 @@ class Slots(NamedTuple):
         weight: (tiles * PANEL,) factor of a tile's mass, where `weighted`.
         weighted: (tiles,) uint8.
         scores, spreads, scratch: of `KEYS` keys or groups.
-        state: (4, PANEL): maximum, total, and two to spare.
+        state: (5, PANEL): total in 1, largest log mass in 4; 2 and 3 to spare.
+        share: (PANEL * PANEL,) how much of each lane goes to each row of the result.
         allowed: (KEYS * PANEL,) uint8, the mask of a block of keys.
         first, last: (PANEL,) int64, each row sees the keys first <= j < last.
     """
@@ -88,6 +89,7 @@ class Slots(NamedTuple):
     spreads: NDArray[np.float32]
     scratch: NDArray[np.float32]
     state: NDArray[np.float32]
+    share: NDArray[np.float32]
     allowed: NDArray[np.uint8]
     first: NDArray[np.int64]
     last: NDArray[np.int64]
@@ -105,52 +107,55 @@ def exact_tiles(
     q_at: int, slots: Slots, dim: int,
 ) -> None:  # fmt: skip
     """Maximum and total of `count` tiles' exact scores: one tile, or several with `KEYS` keys at most together."""
-    here, unused = address(slots.state, 2), address(slots.state, 3)
+    here, top, unused = address(slots.state, 2), slots.state[4], address(slots.state, 3)
     end = min((tile + count) * see.key_tile, see.keys)
-    slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = MASKED
-    for t in range(tile, tile + count):
-        slots.mass[t * groups * PANEL : (t * groups + 1) * PANEL] = LOWEST
+    slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = LOWEST
     slots.weight[tile * PANEL : (tile + count) * PANEL] = 0
     slots.weighted[tile : tile + count] = 1
     for key in range(tile * see.key_tile, end, KEYS):
         keys = min(KEYS, end - key)
-        k_at = load(k, k_first + key, keys, slots.scratch).ctypes.data
-        slots.state[2] = slots.mass[tile * groups * PANEL : (tile * groups + 1) * PANEL]
+        k_at, scores = load(k, k_first + key, keys, slots.scratch).ctypes.data, slots.scores.ctypes.data
+        for i in range(PANEL):
+            slots.state[2, i] = slots.mass[tile * groups * PANEL + i]
         if whole and not rule.capped:
-            simd.scores_top(k_at, dim, keys, q_at, PANEL, slots.scores.ctypes.data, PANEL, dim, here)
+            simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here)
         else:
-            simd.scores(k_at, dim, keys, q_at, PANEL, slots.scores.ctypes.data, PANEL, dim, 0)
+            simd.scores(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, 0)
             if rule.capped:
-                simd.cap_scores(slots.scores.ctypes.data, keys, here if whole else unused, rule.inner, rule.outer)
+                simd.cap_scores(scores, keys, here if whole else unused, rule.inner, rule.outer)
             if not whole:
-                _allow(see, batch, key, keys, slots)
-                allowed = slots.allowed.ctypes.data
-                simd.mask_panel(slots.scores.ctypes.data, PANEL, keys, allowed, PANEL, here, MASKED)
+                _hide(see, batch, key, keys, slots, scores, here)
         for t in range(count):
-            at = t * see.key_tile
-            rows = keys if count == 1 else min(see.key_tile, keys - at)
-            top, total = address(slots.mass, (tile + t) * groups), address(slots.weight, tile + t)
-            simd.soften(address(slots.scores, at), rows, top, here, total, unused)
+            rows = keys if count == 1 else min(see.key_tile, keys - t * see.key_tile)
+            place, total = address(slots.mass, (tile + t) * groups), address(slots.weight, tile + t)
+            simd.soften(address(slots.scores, t * see.key_tile), rows, place, here, total, unused)
+    for i in range(PANEL):  # tiles of one block share their maximum
+        top[i] = max(top[i], slots.mass[tile * groups * PANEL + i])
 
 
 @jit
-def _allow(see: Rows, batch: int, key: int, keys: int, slots: Slots) -> None:
-    """Which of the `keys` keys from `key` on each row sees."""
-    valid = see.valid[min(batch, see.valid.shape[0] - 1)] if see.valid.size else see.valid.reshape(-1)
+def _hide(see: Rows, batch: int, key: int, keys: int, slots: Slots, scores: int, top: int) -> None:
+    """Masks the scores of the `keys` keys from `key` on that a row does not see; raises the maximum at `top`."""
+    if see.valid.size == 0:
+        hide_outside(scores, keys, key, slots.first.ctypes.data, slots.last.ctypes.data, top, MASKED)
+        return
+    valid = see.valid[min(batch, see.valid.shape[0] - 1)]
     for j in range(keys):
-        exists = valid.size == 0 or valid[key + j + 1] > valid[key + j]
+        exists = valid[key + j + 1] > valid[key + j]
         for i in range(PANEL):
             slots.allowed[j * PANEL + i] = exists and slots.first[i] <= key + j < slots.last[i]
+    simd.mask_panel(scores, PANEL, keys, slots.allowed.ctypes.data, PANEL, top, MASKED)
 
 
 @jit
 def predict_tiles(
-    summary: Summary, base: int, tile: int, count: int, rule: Rule, q_at: int, square_at: int, slots: Slots, dim: int
-) -> None:
+    summary: Summary, see: Rows, batch: int, base: int, tile: int, count: int, whole: bool, rule: Rule, q_at: int,
+    square_at: int, slots: Slots, dim: int,
+) -> None:  # fmt: skip
     """Base-2 log masses of every summary of `count` tiles; `base` is the head's first summary."""
     one, log2e = np.float32(1), np.float32(1 / math.log(2))
-    unused, spreads = address(slots.state, 3), slots.spreads.ctypes.data
-    slots.weighted[tile : tile + count] = 0
+    top, spreads = address(slots.state, 4 if whole else 3), slots.spreads.ctypes.data
+    slots.weighted[tile : tile + count] = not whole
     for place in range(tile * summary.groups, (tile + count) * summary.groups, KEYS):
         groups = min(KEYS, (tile + count) * summary.groups - place)
         at = address(slots.mass, place)
@@ -160,16 +165,18 @@ def predict_tiles(
         critical, size = summary.critical[place:].ctypes.data, summary.log_size[place:].ctypes.data
         if rule.capped:
             inner, outer = one / summary.softcap, summary.softcap * log2e
-            cumulants_capped(at, spreads, groups, critical, size, unused, rule.scale, one, inner, outer)
+            cumulants_capped(at, spreads, groups, critical, size, top, rule.scale, one, inner, outer)
         else:
-            cumulants(at, spreads, groups, critical, size, unused, one, log2e, one, one)
+            cumulants(at, spreads, groups, critical, size, top, one, log2e, one, one)
+    if not whole:
+        for cut in range(tile, tile + count):
+            _weigh(see, batch, cut, summary.groups, slots)
 
 
 @jit
-def weigh_cut_tile(see: Rows, batch: int, tile: int, groups: int, slots: Slots) -> None:
+def _weigh(see: Rows, batch: int, tile: int, groups: int, slots: Slots) -> None:
     """Weigh a predicted tile by the share of its keys that each row sees."""
     begin, end = tile * see.key_tile, min(tile * see.key_tile + see.key_tile, see.keys)
-    slots.weighted[tile] = 1
     for i in range(PANEL):
         low, high = max(slots.first[i], begin), min(slots.last[i], end)
         seen = max(high - low, 0)
@@ -177,18 +184,52 @@ def weigh_cut_tile(see: Rows, batch: int, tile: int, groups: int, slots: Slots) 
             before = see.valid[min(batch, see.valid.shape[0] - 1)]
             seen = before[high] - before[low]
         slots.weight[tile * PANEL + i] = np.float32(seen / (end - begin))
-        if seen == 0:
-            for g in range(groups):
-                slots.mass[(tile * groups + g) * PANEL + i] = LOWEST
+        for place in range(tile * groups * PANEL + i, (tile + 1) * groups * PANEL, PANEL):
+            if seen == 0:
+                slots.mass[place] = LOWEST
+            slots.state[4, i] = max(slots.state[4, i], slots.mass[place])
 
 
 @jit
-def sees_all(see: Rows, batch: int, tile: int, inside: tuple[int, int]) -> bool:
-    """Whether every row of the panel sees every key of the tile; all see the keys inside[0] <= j < inside[1]."""
-    begin, end = tile * see.key_tile, min(tile * see.key_tile + see.key_tile, see.keys)
-    if begin < inside[0] or end > inside[1]:
+def totals(slots: Slots, low: int, high: int, groups: int) -> None:
+    """From log masses to masses relative to the row's largest, a tile's in its first slot, and their totals."""
+    mass, state = slots.mass, slots.state
+    top, total, unused, spare = address(state, 4), address(state, 1), address(state, 2), address(state, 3)
+    state[1] = 0
+    tile = low
+    while tile < high:
+        after, weighted = tile + 1, slots.weighted[tile]
+        while after < high and slots.weighted[after] == weighted:
+            after += 1
+        simd.soften(
+            address(mass, tile * groups), (after - tile) * groups, top, top, spare if weighted else total, unused
+        )
+        for t in range(tile, after):
+            at = t * groups * PANEL
+            for slot in range(1, groups):
+                for i in range(PANEL):
+                    mass[at + i] += mass[at + slot * PANEL + i]
+            if weighted:
+                for i in range(PANEL):
+                    mass[at + i] *= slots.weight[t * PANEL + i]
+                    state[1, i] += mass[at + i]
+        tile = after
+
+
+@jit
+def whole_tiles(see: Rows, slots: Slots) -> tuple[int, int]:
+    """First and one past the last tile that every row of the panel sees whole, if all its keys are valid."""
+    first, last = slots.first.max(), slots.last.min()
+    return (first - 1) // see.key_tile + 1, (last - 1) // see.key_tile + 1 if last >= see.keys else last // see.key_tile
+
+
+@jit
+def is_whole(see: Rows, batch: int, tile: int, inside: tuple[int, int]) -> bool:
+    """Whether every row of the panel sees every key of the tile; `inside` is of `whole_tiles`."""
+    if not inside[0] <= tile < inside[1]:
         return False
     if see.valid.size == 0:
         return True
-    before = see.valid[min(batch, see.valid.shape[0] - 1)]
+    before, begin = see.valid[min(batch, see.valid.shape[0] - 1)], tile * see.key_tile
+    end = min(begin + see.key_tile, see.keys)
     return bool(before[end] - before[begin] == end - begin)

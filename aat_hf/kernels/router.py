@@ -42,6 +42,7 @@ class Costs(NamedTuple):
 
 
 DEFAULTS = {"cpu": Costs(1.0, 1.1, 3072)}
+DECODE_FROM = 32768  # keys from which selecting the values of one query is clearly faster than SDPA
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 
@@ -57,6 +58,11 @@ def costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
 def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     """Fewest keys of a call that is tiled."""
     return costs(device, dtype, head_dim).shortest if config.min_length is None else config.min_length
+
+
+def decode_from(config: AATConfig) -> int:
+    """Fewest keys that a single query sees for its values to be selected."""
+    return DECODE_FROM if config.decode_from is None else config.decode_from
 
 
 def too_dense(density: float, q: Tensor) -> str | None:

@@ -37,7 +37,8 @@ def summarise(k: Tensor, key_tile: int, groups: int) -> Moments:
     x = x.to(torch.promote_types(k.dtype, torch.float32)).unflatten(3, (groups, size))
     position = torch.arange(x.shape[2] * key_tile, device=k.device).view(x.shape[2], groups, size)
     exists = position < k.shape[2]
-    return Moments(exists.sum(-1), *diagonal_tile_metric(x, exists))  # padding is zero
+    padded = k.shape[2] % key_tile  # with zeros
+    return Moments(exists.sum(-1), *diagonal_tile_metric(x, exists if padded else None))
 
 
 def merge(moments: Moments) -> Moments:

@@ -77,15 +77,14 @@ def select_tiles(
         bool (batch, heads, query_tiles, key_tiles).
     """
     visible = states != NONE
-    mass = mass.nan_to_num(nan=1.0).clamp(min=0).masked_fill(~visible, 0.0)
-    whole = mass.sum(-1, dtype=torch.float64) + (0 if free_mass is None else free_mass)
-    spare = mass.masked_fill(forced, 0.0)
-    ranked = _ascending(spare)
+    spare = mass.nan_to_num(nan=1.0).clamp_(min=0).masked_fill_(~visible, 0.0)
+    whole = spare.sum(-1, dtype=torch.float64) + (0 if free_mass is None else free_mass)
+    ranked = _ascending(spare.masked_fill_(forced, 0.0))
     dropped = ranked.cumsum(-1, dtype=torch.float64) <= (tolerance[..., None] * whole)[..., None]
     first_kept = dropped.sum(-1, keepdim=True)
     threshold = ranked.gather(-1, first_kept.clamp(max=ranked.shape[-1] - 1))
-    kept = (spare >= threshold) & (first_kept < ranked.shape[-1])  # of equal tiles all or none
-    kept = (kept | forced) & visible
+    threshold = threshold.masked_fill_(first_kept == ranked.shape[-1], float("inf"))
+    kept = (spare >= threshold).logical_or_(forced).logical_and_(visible)  # of equal tiles all or none
     crowded = kept.sum(-1, keepdim=True) > max_kept * visible.sum(-1, keepdim=True)
     return torch.where(crowded, visible, kept)
 

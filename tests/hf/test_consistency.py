@@ -42,15 +42,26 @@ def total_variation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_decoding_token_by_token_agrees_with_one_prefill(model):
+@pytest.mark.parametrize("decode_from", [None, 100])
+def test_decoding_token_by_token_agrees_with_one_prefill(model, decode_from):
     ids = torch.randint(3, 97, (1, LENGTH))
     with aat_hf.record(model) as report:
         prefill = model(ids, use_cache=False).logits[0]
     assert report.density < 1 and 0 < report.infidelity[0] <= TOLERANCE
-    cache, steps = tf.DynamicCache(config=model.config), []
-    for position in range(LENGTH):
-        steps.append(model(ids[:, position : position + 1], past_key_values=cache).logits[0, -1])
+    cache, steps, settings = tf.DynamicCache(config=model.config), [], model.config.aat
+    try:
+        aat_hf.configure(model, decode_from=decode_from)
+        with aat_hf.record(model) as report:
+            for position in range(LENGTH):
+                steps.append(model(ids[:, position : position + 1], past_key_values=cache).logits[0, -1])
+    finally:
+        model.config.aat = settings
     assert total_variation(prefill, torch.stack(steps)) <= TOLERANCE
+    selected = [layer for layer in report.layers if layer.path == "skip"]
+    assert len(selected) == (0 if decode_from is None else 2)
+    for layer in selected:
+        assert layer.calls == LENGTH - decode_from + 1 and layer.density.max() < 1
+        assert 0 < layer.infidelity_mean.max() <= TOLERANCE
 
 
 @torch.no_grad()

@@ -97,14 +97,20 @@ GENERATE = {
 }
 
 
+@pytest.mark.parametrize("values", ["all", "selected"])
 @pytest.mark.parametrize("how", sorted(GENERATE))
-def test_generate_equals_eager(decoder, how):
+def test_generate_equals_eager(decoder, how, values):
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, :6] = 0
     prompt, mask = (ids(2, 20), mask) if how != "prompt_lookup" else (ids(1, 20), mask[1:])
     settings = dict(max_new_tokens=8, pad_token_id=0, eos_token_id=None, **GENERATE[how])
-    a, b = both(decoder, lambda m: m.generate(prompt, attention_mask=mask, **settings))
+    if values == "selected":
+        aat_hf.configure(decoder, tolerance=1e-6, decode_from=0, dense_prefix=0)
+    with aat_hf.record(decoder) as report:
+        a, b = both(decoder, lambda m: m.generate(prompt, attention_mask=mask, **settings))
     assert torch.equal(a, b)
+    singles = how not in ("no_cache", "prompt_lookup")  # steps of one token
+    assert ("skip" in {layer.path for layer in report.layers}) or not singles or values == "all"
 
 
 def test_chunked_prefill_and_decoding_equal_one_prefill(decoder):
