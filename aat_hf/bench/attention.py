@@ -76,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, default=9)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--backend", choices=sorted(_KERNELS), default="cpu")
+    parser.add_argument(
+        "--backend",
+        choices=[*sorted(_KERNELS), "auto"],
+        default="cpu",
+        help="auto: as in use, exact where that is faster",
+    )
     parser.add_argument("--backward", action="store_true", help="also time forward + backward")
     parser.add_argument("--model", help=f"the whole on real q, k, v: {', '.join(MODELS)}, a folder or a Hub name")
     parser.add_argument("--text", default="code")
@@ -90,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write a CSV to this file")
     _plots.add_option(parser, "time against density, or of the whole against length")
     args = parser.parse_args(argv)
+    if args.backend == "auto" and args.model is None:
+        parser.error("--backend auto chooses for the calls of a --model")
     _plots.check(args)
     results = whole(args) if args.model else kernels(args)
     print(f"{environment()}\n")
@@ -173,10 +180,13 @@ def whole(args: argparse.Namespace) -> list[AttentionResult]:
 def _whole_line(
     args: argparse.Namespace, layer: int, tolerance: float, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionResult:
-    config = AATConfig(tolerance=tolerance, backend=args.backend, min_length=0)  # tiled at any length and density
+    shortest = None if args.backend == "auto" else 0  # 0: tiled at any length and density
+    config = AATConfig(tolerance=tolerance, backend=args.backend, min_length=shortest)
+
+    mask = causal_mask(q.shape[2], k.shape[2], q.device)  # once, as the layers of a model share it
 
     def run() -> Any:
-        return tiled_attention(q, k, v, config=config, is_causal=True, need_lse=False)
+        return tiled_attention(q, k, v, config=config, attn_mask=mask, need_lse=False)
 
     before, stages.timing = stages.timing, True
     try:
@@ -187,7 +197,7 @@ def _whole_line(
     what = f"layer {layer}, tolerance {tolerance:g}"
     milliseconds = dict(result.stages)
     if args.profile and result.tile_map is not None:
-        scene = Scene.of(q, k, causal_mask(q.shape[2], k.shape[2], q.device), q.shape[3] ** -0.5, config)
+        scene = Scene.of(q, k, mask, q.shape[3] ** -0.5, config)
         milliseconds |= selection_steps(scene, args.rounds)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items())
     if result.tile_map is None:
