@@ -24,7 +24,8 @@ from aat_hf.bench._common import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # where the training scripts are
 
-from _finetuning import parser_of, read_texts, rows_of, tokenizer_of
+from _finetuning import parser_of
+from _texts import read_texts, rows_of, tokenizer_of
 from finetune_gpt2 import load, new
 
 UNCOUNTED = 2  # first blocks, which compile and load

@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: texts, a tokenizer trained on them, a Trainer run with its twin, numbers."""
+"""What the fine-tuning examples share: options, a Trainer run with its twin, numbers."""
 
 from __future__ import annotations
 
@@ -7,52 +7,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from _texts import CODE_CHARACTERS, LICENCES, Texts, rows_of
 
 import aat_hf
 from aat_hf.config import BACKENDS
-from aat_hf.data import austen, encode_dataset, load_wikitext, package_sources, read_text, stdlib_source
-from aat_hf.data.wikitext import NAMES
 
-PACKAGES = ("networkx", "numpy", "sympy", "torch", "transformers")  # what an installation brings along
-LICENCES = {  # what the texts are, with their licences
-    "code": "source of Python's standard library (PSF-2.0)",
-    "packages": "source of networkx, NumPy, SymPy, PyTorch (BSD-3-Clause) and Transformers (Apache-2.0); held out: of "
-    "Python's standard library (PSF-2.0)",
-    "prose": "five novels by Jane Austen (public domain)",
-    **{name: f"{name}, articles of Wikipedia (CC BY-SA 3.0 and GFDL)" for name in NAMES},
-}
-NOVELS = ("Emma", "Mansfield Park", "Northanger Abbey", "Pride and Prejudice", "Sense and Sensibility")
-HELD_OUT_NOVEL = "Persuasion"
-HELD_OUT_SHARE = 0.1  # of a text that has no validation split of its own
-CODE_CHARACTERS = 2_500_000  # of the standard library; every Python has more
 WEIGHTS = ("float32", "bfloat16", "float16")
-TOKENIZER_DOCUMENTS = 2000
 LOADERS = 4  # processes that make batches while an accelerator trains
-SPECIAL = {
-    "eos_token": "<end>",
-    "pad_token": "<pad>",
-    "cls_token": "<cls>",
-    "sep_token": "<sep>",
-    "mask_token": "<mask>",
-}
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Documents to train on, and others that training never sees."""
-
-    train: Dataset
-    held_out: Dataset
 
 
 @dataclass(frozen=True)
@@ -132,44 +100,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if not 0 <= args.exact_steps < args.steps:
         parser.error(f"--exact-steps {args.exact_steps}: must leave some of the {args.steps} --steps")
     return args
-
-
-def read_texts(name: str, path: Path | None = None, characters: int = CODE_CHARACTERS) -> Texts:
-    """The documents that `--text` names; a file's and the standard library's last tenth is held out if alone."""
-    if name in NAMES:
-        return Texts(*(load_wikitext(name, split, path=path) for split in ("train", "validation")))
-    if name == "packages":
-        return Texts(_dataset(package_sources(PACKAGES)), _dataset([stdlib_source(characters)]))
-    if name == "prose":
-        return Texts(_dataset(map(austen, NOVELS)), _dataset([austen(HELD_OUT_NOVEL)]))
-    text = stdlib_source(characters) if name == "code" else read_text(name)
-    cut = round(len(text) * (1 - HELD_OUT_SHARE))
-    return Texts(_dataset([text[:cut]]), _dataset([text[cut:]]))
-
-
-def tokenizer_of(args: argparse.Namespace, texts: Texts) -> Any:
-    """The checkpoint's tokenizer, or byte-level BPE (arXiv:1909.03341) trained on the text."""
-    if args.model:
-        return tf.AutoTokenizer.from_pretrained(args.model)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=args.vocabulary,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    documents = islice((row["text"] for row in texts.train), TOKENIZER_DOCUMENTS)
-    tokenizer.train_from_iterator(documents, trainer)
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=args.tokens, **SPECIAL)
-
-
-def rows_of(texts: Texts, tokenizer: Any, args: argparse.Namespace, *, pack: bool) -> Texts:
-    """Token rows of `--tokens`, `--held-out-rows` of them held out; packed for causal models, see `encode_dataset`."""
-    options: dict[str, Any] = {"length": args.tokens, "pack": pack} | ({"pad_tail": False} if pack else {})
-    train, held_out = (encode_dataset(one, tokenizer, **options) for one in (texts.train, texts.held_out))
-    return Texts(train, held_out.select(range(min(args.held_out_rows, len(held_out)))))
 
 
 def finetune(
@@ -294,10 +224,6 @@ def _arguments(args: argparse.Namespace, attention: str) -> tf.TrainingArguments
         seed=args.seed,
         disable_tqdm=not sys.stderr.isatty(),
     )
-
-
-def _dataset(documents: Iterable[str]) -> Dataset:
-    return Dataset.from_dict({"text": list(documents)})
 
 
 def _synchronize() -> None:

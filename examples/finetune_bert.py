@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _finetuning import Outcome, finetune, parse, parser_of, read_texts, tokenizer_of
+from _finetuning import Outcome, finetune, parse, parser_of
+from _texts import read_texts, tokenizer_of
 from tokenizers import processors
 
 import aat_hf

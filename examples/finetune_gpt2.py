@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _finetuning import finetune, parse, parser_of, read_texts, tokenizer_of
+from _finetuning import finetune, parse, parser_of
+from _texts import read_texts, tokenizer_of
 
 import aat_hf
 

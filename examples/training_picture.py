@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers as tf
-from _finetuning import Texts, parser_of, read_texts, rows_of, tokenizer_of
+from _finetuning import parser_of
+from _texts import Texts, read_texts, rows_of, tokenizer_of
 from finetune_gpt2 import load, new
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

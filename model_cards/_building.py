@@ -16,7 +16,8 @@ from aat_hf.config import BACKENDS
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where the training scripts are
 
-from _finetuning import LICENCES, WEIGHTS  # noqa: E402
+from _finetuning import WEIGHTS  # noqa: E402
+from _texts import LICENCES  # noqa: E402
 
 MAX_FILE_MB = 16.0  # what a git repository can hold without Git LFS
 TEXT = "packages"
