@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import aat_hf
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
+    parser.add_argument("--positions", type=int, help="of a new model; longer rows can follow (--tokens)")
     parser.add_argument(
         "--evaluate", type=float, nargs="+", default=[], metavar="TOLERANCE",
         help="evaluate the trained model densely and with each of these; in OUTPUT/eval/masked.csv",
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.model:
         ends = [(one, tokenizer.convert_tokens_to_ids(one)) for one in (tokenizer.sep_token, tokenizer.cls_token)]
         tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(*ends)
+        tokenizer.model_max_length = positions_of(args)
 
     def make(attention: str) -> Any:
         return load(args.model, attention) if args.model else new(args, tokenizer, attention)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def new(args: argparse.Namespace, tokenizer: Any, attention: str) -> aat_hf.AATBertForMaskedLM:
     config = aat_hf.AATBertConfig(
         vocab_size=len(tokenizer),
-        max_position_embeddings=args.tokens,
+        max_position_embeddings=positions_of(args),
         hidden_size=args.width,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
@@ -61,7 +64,24 @@ def new(args: argparse.Namespace, tokenizer: Any, attention: str) -> aat_hf.AATB
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return aat_hf.AATBertForMaskedLM._from_config(config, attn_implementation=attention)
+    model = aat_hf.AATBertForMaskedLM._from_config(config, attn_implementation=attention)
+    start_from_sinusoids(model.bert.embeddings.position_embeddings.weight.data, config.initializer_range)
+    return model
+
+
+def positions_of(args: argparse.Namespace) -> int:
+    return args.positions or args.tokens
+
+
+def start_from_sinusoids(weight: torch.Tensor, deviation: float) -> None:
+    """Fill (positions, width) with sines and cosines (Vaswani et al. 2017, section 3.5) of a standard deviation.
+
+    From random values each of thousands of positions would have to learn where it is.
+    """
+    positions, width = weight.shape
+    rates = torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(positions)[:, None] * rates
+    weight.copy_(deviation * math.sqrt(2) * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width])
 
 
 def load(name: str, attention: str) -> Any:

@@ -51,12 +51,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def training_options(args: argparse.Namespace, trained: Path) -> list[str]:
-    """For the training script: every size, the text, and the dense twin beside it."""
+    """For the training script: every size and the text."""
     names = ("tokens", "steps", "batch", "layers", "width", "heads", "vocabulary", "held_out_rows", "tolerance", "text",
              "exact_steps", "characters", "backend", "weights", "learning_rate")  # fmt: skip
     options = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     options += ["--path", str(args.path)] if args.path else []
-    return [*options, "--compare", "--output", str(trained)]
+    return [*options, "--output", str(trained)]
 
 
 def publish(args: argparse.Namespace, trained: Path, name: str, template: str) -> None:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     args = _building.parse(parser, argv)
     trained = args.output / "trained"
-    finetune_gpt2.main(_building.training_options(args, trained))
+    finetune_gpt2.main([*_building.training_options(args, trained), "--compare"])
     options = ["--text", str(trained / "held_out.txt"), "--tokens", str(args.tokens), "--what", "predictions"]
     options += ["--buckets", str(args.eval_buckets), "--tolerances", *map(str, args.tolerances)]
     _building.run(["eval", "--model", str(trained), *options, "--out", str(trained / "eval")])

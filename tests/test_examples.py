@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_model import save_tiny
+from transformers.models.distilbert.modeling_distilbert import create_sinusoidal_embeddings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = [
@@ -193,3 +195,12 @@ def test_the_training_picture_is_drawn_from_event_files(training: list[str], tmp
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("[!_]*.py")), ids=lambda path: path.name)
 def test_headers_give_the_command(path: Path):
     assert f"python examples/{path.name}" in path.read_text("utf-8").split('"""')[1]
+
+
+def test_a_new_bert_starts_from_sinusoids(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    weight = torch.empty(300, 32)
+    runpy.run_path(str(EXAMPLES / "finetune_bert.py"))["start_from_sinusoids"](weight, 0.02)
+    expected = create_sinusoidal_embeddings(*weight.shape, torch.empty(300, 32))
+    assert weight.numpy() == pytest.approx(0.02 * 2**0.5 * expected.numpy(), abs=1e-6)
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.01)

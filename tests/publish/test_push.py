@@ -61,7 +61,12 @@ def test_a_refused_push_says_why_and_keeps_the_folder(
     ("script", "name", "auto", "more"),
     [
         ("build_gpt2_long.py", "aat-gpt2-long", tf.AutoModelForCausalLM, ["--eval-buckets", "2"]),
-        ("build_bert_base_mini.py", "aat-bert-base-mini", tf.AutoModelForMaskedLM, []),
+        (
+            "build_bert_base_mini.py",
+            "aat-bert-base-mini",
+            tf.AutoModelForMaskedLM,
+            ["--short-tokens=64", "--short-steps=2"],
+        ),
     ],
 )
 def test_the_example_models_are_built_by_one_command(
