@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _building.parse(parser, argv)
     trained = args.output / "trained"
     short, batch = args.output / "short", args.batch * args.tokens // args.short_tokens
-    options = dict(tokens=args.short_tokens, steps=args.short_steps, exact_steps=0, tolerance=0.0, batch=batch)
+    options = dict(
+        tokens=args.short_tokens, steps=args.short_steps, exact_steps=0, tolerance=0.0, batch=batch, weights="float32"
+    )  # fmt: skip
     exact = argparse.Namespace(**vars(args) | options)
     finetune_bert.main([*_building.training_options(exact, short), "--positions", str(args.tokens)])
     more = ["--model", str(short), "--compare", "--evaluate", *map(str, args.tolerances)]
