@@ -55,6 +55,7 @@ class BaseProvider(ABC, Generic[Owned]):
     def __init__(self, device: DeviceInfo) -> None:
         self.device = device
         self._owned: dict[int, Owned] = {}  # by serial
+        self._unsent: dict[int, Owned] = {}  # to be uploaded with the next submission
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._open = True
@@ -85,8 +86,18 @@ class BaseProvider(ABC, Generic[Owned]):
         with self._lock:
             (own,) = self._own([buffer])
             del self._owned[own.serial]
+            self._unsent.pop(own.serial, None)
             self._free(own)
             own.drop()
+
+    def send(self, buffer: Buffer) -> None:
+        """See `Provider.send`."""
+        self._check_usable()
+        with self._lock:
+            self._send(*self._own([buffer]))
+
+    def _send(self, buffer: Owned) -> None:
+        self._unsent[buffer.serial] = buffer
 
     def submit(
         self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
@@ -99,7 +110,8 @@ class BaseProvider(ABC, Generic[Owned]):
             self._check_usable()  # another thread may have closed it
             for dispatch in dispatches:
                 self._own(dispatch.buffers)
-            self._run(limits.batches(dispatches), self._own(upload), self._own(download))
+            unsent, self._unsent = self._unsent, {}
+            self._run(limits.batches(dispatches), self._own([*unsent.values(), *upload]), self._own(download))
 
     def close(self) -> None:
         """See `Provider.close`."""
@@ -107,7 +119,7 @@ class BaseProvider(ABC, Generic[Owned]):
             return
         with self._lock:
             self._open = False
-            owned, self._owned = list(self._owned.values()), {}
+            owned, self._owned, self._unsent = list(self._owned.values()), {}, {}
             for buffer in owned:
                 buffer.drop()
             self._shut(owned)

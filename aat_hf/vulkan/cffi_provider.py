@@ -50,11 +50,10 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         self._retired: list[Pipeline] = []  # no longer cached, but maybe recorded
         with reported(f"opening {device.name}"):
             pool = vk.VkCommandPoolCreateInfo(queueFamilyIndex=self._device.queue_family)
-            self._pool = vk.vkCreateCommandPool(self._device.handle, pool, None)
-            described = vk.VkCommandBufferAllocateInfo(
-                commandPool=self._pool, level=vk.VK_COMMAND_BUFFER_LEVEL_PRIMARY, commandBufferCount=1
-            )
-            self._commands = vk.vkAllocateCommandBuffers(self._device.handle, described)[0]
+            self._pool, self._copies = (vk.vkCreateCommandPool(self._device.handle, pool, None) for _ in range(2))
+            self._commands = self._command_buffer(self._pool)
+            self._idle: list[Any] = []  # command buffers of `_copies`
+            self._sending: list[Any] = []  # those that the device may be executing
             self._fence = vk.vkCreateFence(self._device.handle, vk.VkFenceCreateInfo(), None)
 
     @property
@@ -70,6 +69,9 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         return VulkanBuffer(nbytes, staging.mapped, main, staging)
 
     def _free(self, buffer: VulkanBuffer) -> None:
+        if self._sending:
+            with reported(f"waiting for {self.device.name}"):
+                vk.vkQueueWaitIdle(self._device.queue)
         buffer.main = buffer.staging = None
 
     def _compile(self, key: _Key) -> Pipeline:
@@ -81,6 +83,18 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
     def _destroy_retired(self) -> None:
         while self._retired:
             self._device.destroy_pipeline(self._retired.pop())
+
+    def _send(self, buffer: VulkanBuffer) -> None:
+        if buffer.staging is None:
+            return
+        with reported(f"copying to {self.device.name}"):
+            commands = self._idle.pop() if self._idle else self._command_buffer(self._copies)
+            self._begin(commands)
+            self._copy(commands, buffer.staging, buffer.main, buffer.used)
+            vk.vkEndCommandBuffer(commands)
+            submitted = vk.VkSubmitInfo(pCommandBuffers=[commands])
+            vk.vkQueueSubmit(self._device.queue, 1, [submitted], vk.VK_NULL_HANDLE)
+            self._sending.append(commands)
 
     def _run(self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer]) -> None:
         with reported(f"computing on {self.device.name}"):
@@ -96,34 +110,48 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer], descriptors: Any
     ) -> None:
         vk.vkResetCommandPool(self._device.handle, self._pool, 0)
-        begin = vk.VkCommandBufferBeginInfo(flags=vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT)
-        vk.vkBeginCommandBuffer(self._commands, begin)
-        self._barrier(_DEVICE, _DEVICE)  # a fence makes earlier submissions' writes available, this makes them visible
+        commands = self._commands
+        self._begin(commands)
         for buffer in upload:
-            self._copy(buffer.staging, buffer.main, buffer.used)
-        self._barrier(_TRANSFER, _DEVICE)
+            self._copy(commands, buffer.staging, buffer.main, buffer.used)
+        self._barrier(commands, _TRANSFER, _DEVICE)
         for batch in batches:
             for dispatch in batch:
                 self._dispatch(dispatch, descriptors)
-            self._barrier(_COMPUTE, _DEVICE)
+            self._barrier(commands, _COMPUTE, _DEVICE)
         for buffer in download:
-            self._copy(buffer.main, buffer.staging, buffer.used)
-        self._barrier(_DEVICE, _HOST)
-        vk.vkEndCommandBuffer(self._commands)
+            self._copy(commands, buffer.main, buffer.staging, buffer.used)
+        self._barrier(commands, _DEVICE, _HOST)
+        vk.vkEndCommandBuffer(commands)
 
     def _execute(self) -> None:
         commands = [self._commands]
         vk.vkQueueSubmit(self._device.queue, 1, [vk.VkSubmitInfo(pCommandBuffers=commands)], self._fence)
         vk.vkWaitForFences(self._device.handle, 1, [self._fence], vk.VK_TRUE, _FOREVER)
         vk.vkResetFences(self._device.handle, 1, [self._fence])
+        if self._sending:  # earlier submissions: the fence told of them too
+            vk.vkResetCommandPool(self._device.handle, self._copies, 0)
+            self._idle += self._sending
+            self._sending.clear()
 
-    def _barrier(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+    def _command_buffer(self, pool: Any) -> Any:
+        described = vk.VkCommandBufferAllocateInfo(
+            commandPool=pool, level=vk.VK_COMMAND_BUFFER_LEVEL_PRIMARY, commandBufferCount=1
+        )
+        return vk.vkAllocateCommandBuffers(self._device.handle, described)[0]
+
+    def _begin(self, commands: Any) -> None:
+        begin = vk.VkCommandBufferBeginInfo(flags=vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT)
+        vk.vkBeginCommandBuffer(commands, begin)
+        self._barrier(commands, _DEVICE, _DEVICE)  # what earlier submissions wrote becomes visible
+
+    def _barrier(self, commands: Any, before: tuple[int, int], after: tuple[int, int]) -> None:
         memory = [vk.VkMemoryBarrier(srcAccessMask=before[1], dstAccessMask=after[1])]
-        vk.vkCmdPipelineBarrier(self._commands, before[0], after[0], 0, 1, memory, 0, None, 0, None)
+        vk.vkCmdPipelineBarrier(commands, before[0], after[0], 0, 1, memory, 0, None, 0, None)
 
-    def _copy(self, source: Any, target: Any, nbytes: int) -> None:
+    def _copy(self, commands: Any, source: Any, target: Any, nbytes: int) -> None:
         if source is not None and target is not None:  # unified memory needs no copy
-            vk.vkCmdCopyBuffer(self._commands, source.handle, target.handle, 1, [vk.VkBufferCopy(0, 0, nbytes)])
+            vk.vkCmdCopyBuffer(commands, source.handle, target.handle, 1, [vk.VkBufferCopy(0, 0, nbytes)])
 
     def _dispatch(self, dispatch: Dispatch, descriptors: Any) -> None:
         pipeline = self._cache.get(_Key(dispatch.shader, dispatch.spec, len(dispatch.buffers)))
@@ -167,5 +195,6 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         self._cache.clear()
         self._destroy_retired()
         vk.vkDestroyFence(self._device.handle, self._fence, None)
-        vk.vkDestroyCommandPool(self._device.handle, self._pool, None)
+        for pool in (self._pool, self._copies):
+            vk.vkDestroyCommandPool(self._device.handle, pool, None)
         self._device.close()

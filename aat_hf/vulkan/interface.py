@@ -119,6 +119,12 @@ class Provider(Protocol):
     def release(self, buffer: Buffer) -> None:
         """Give the memory back; views that are still held stay readable."""
 
+    def send(self, buffer: Buffer) -> None:
+        """Begin to copy `buffer` to the device, while the host prepares more; the next `submit` sees it whole.
+
+        Until that has returned its host memory has to stay as it is. A binding that can only wait copies it then.
+        """
+
     def submit(
         self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
     ) -> None:

@@ -17,6 +17,7 @@ from aat_hf.vulkan.interface import Buffer, Dispatch, Provider
 Content: TypeAlias = "Tensor | NDArray[np.generic] | int"
 """Rows of a tensor (..., dim) in its own dtype, padded to whole vectors; 32-bit words of an array; or room in bytes."""
 
+_LONG = 1 << 20  # bytes whose copy to the device is worth a submission of its own
 _pools: dict[Provider, BufferPool] = {}  # a pool keeps its provider
 _lock = threading.Lock()
 
@@ -43,7 +44,7 @@ def rates() -> dict[str, float]:
 
 
 class Workspace:
-    """Buffers that live as long as the `with` block; what `buffers` filled is uploaded with the next `run`."""
+    """Buffers that live as long as the `with` block; what `buffers` filled is on the device with the next `run`."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider, self._pool = provider, pool_of(provider)
@@ -74,7 +75,10 @@ class Workspace:
                 lowering.write_rows(buffer, content)
             else:
                 lowering.write_words(buffer, content)
-            self._fresh.append(buffer)
+            if buffer.used >= _LONG:
+                self._provider.send(buffer)  # while the next is written
+            else:
+                self._fresh.append(buffer)
         return taken
 
     def run(self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = ()) -> None:

@@ -22,7 +22,7 @@ from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.vulkan import vulkan_attention, vulkan_skip_attention
 from aat_hf.tiling.masks import causal_mask, full_mask
 from aat_hf.tiling.tile_map import TileMap
-from aat_hf.vulkan import limits, lowering, profile
+from aat_hf.vulkan import limits, lowering, profile, workspace
 from aat_hf.vulkan import shapes as workgroups
 from aat_hf.vulkan.buffers import BufferPool
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError
@@ -135,6 +135,16 @@ def test_one_submission_without_copies_of_results(provider, monkeypatch):
     assert len(calls) == 2  # forward and backward
     for dispatches, upload in calls:
         assert set().union(*map(limits.written_buffers, dispatches)).isdisjoint(map(id, upload))
+
+
+def test_long_inputs_are_sent_while_others_are_written(provider, monkeypatch):
+    sent, send = [], provider.send
+    monkeypatch.setattr(workspace, "_LONG", 4 * 40 * 32)
+    monkeypatch.setattr(provider, "send", lambda buffer: sent.append(buffer.used) or send(buffer))
+    mask, tensors = causal_mask(40, 40, CPU), inputs(1, 2, 1, 40, 40, 32)
+    for _ in range(3):
+        check(tensors, random_map(mask, 1, 2, 32, 32), mask)
+    assert len(sent) >= 3 * (3 + 4) and min(sent) == 4 * 40 * 32
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1e-3])

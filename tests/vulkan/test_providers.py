@@ -67,6 +67,29 @@ def test_data_stays_on_the_device_between_submissions(provider, xyz):
     assert np.array_equal(numbers(z), 3 * np.arange(COUNT) + 1)
 
 
+def test_what_was_sent_is_there(provider, xyz):
+    x, y, z = xyz
+    for round_ in range(3):
+        numbers(x)[:], numbers(z)[:] = round_, 10 + round_
+        for buffer in (x, z):
+            provider.send(buffer)
+        numbers(y)[:] = -1
+        provider.submit([step(x, y, 2.0), step(z, x)], download=[x, y])
+        assert np.all(numbers(y) == 2 * round_) and np.all(numbers(x) == 10 + round_)
+
+
+def test_a_sent_buffer_may_be_released(provider, xyz):
+    x, y, _ = xyz
+    for _ in range(3):
+        buffer = provider.buffer(4 * COUNT)
+        provider.send(buffer)
+        provider.release(buffer)
+        with pytest.raises(VulkanError, match="released"):
+            provider.send(buffer)
+    provider.submit([step(x, y)], upload=[x], download=[y])
+    assert np.array_equal(numbers(y), np.arange(COUNT))
+
+
 def test_pipelines_are_compiled_once(provider, xyz):
     x, y, _ = xyz
     provider.submit([step(x, y, offset=9)], upload=[x])

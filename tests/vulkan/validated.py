@@ -14,7 +14,7 @@ import torch
 from aat_hf.kernels import vulkan as kernel
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import TileMap
-from aat_hf.vulkan import limits, ops, plain, shapes, smoke
+from aat_hf.vulkan import limits, ops, plain, shapes, smoke, workspace
 from aat_hf.vulkan.interface import Provider
 from aat_hf.vulkan.probe import probe
 from aat_hf.vulkan.provider import make
@@ -57,8 +57,8 @@ def main(binding: str, kind: str, *without: str) -> None:
 
     provider.submit, kernel.get_provider = recorded, lambda: provider
     smoke.run(provider)
-    for subgroups in (shapes.subgroups, lambda device: False):
-        shapes.subgroups = subgroups
+    for subgroups, sent_from in ((shapes.subgroups, workspace._LONG), (lambda device: False, 0)):
+        shapes.subgroups, workspace._LONG = subgroups, sent_from
         attention(torch.float32, None, -math.inf)
         selection(provider)
     attention(torch.bfloat16, 5.0, math.log(1e-3))
