@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -20,7 +22,6 @@ from aat_hf.geometry import Lorentz, PoincareBall, fisher
 from aat_hf.quantum import entropy, fidelity
 
 Functions = dict[str, Callable[..., Any]]
-_REMEDIES = {"geomstats": "; geomstats 2.8 needs an older NumPy: pip install 'numpy<2.4' geomstats"}
 
 
 class Library(NamedTuple):
@@ -37,12 +38,26 @@ def libraries() -> dict[str, Library]:
     found = {"aat_hf": Library(aat_hf.__version__, _ours())}
     for name, functions in {"geoopt": _geoopt, "geomstats": _geomstats, "hypll": _hypll, "qutip": _qutip}.items():
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with tolerant_imports():
                 found[name] = Library(importlib.metadata.version(name), functions())
         except ImportError as error:
-            notice(f"without {name}: {error}{_REMEDIES.get(name, '')}")
+            notice(f"without {name}: {error}")
     return {**found, "textbook": Library("", _textbook())}
+
+
+@contextmanager
+def tolerant_imports() -> Iterator[None]:
+    """Hide warnings, and lend NumPy 2.4 the name `trapz` of its `trapezoid`, which geomstats 2.8 still imports."""
+    lent = not hasattr(numpy, "trapz")
+    if lent:
+        vars(numpy)["trapz"] = numpy.trapezoid
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if lent:
+            del vars(numpy)["trapz"]
 
 
 def _ours() -> Functions:

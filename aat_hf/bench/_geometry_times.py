@@ -18,6 +18,7 @@ from aat_hf.quantum import entropy, evolution, fidelity, measurement, states
 
 MAPS = ("ball dist", "ball exp", "ball log", "lorentz dist", "lorentz exp", "lorentz log")
 _BY_VECTORS = "vectors"
+_BY_GRAM = "Gram matrices of 16 states"
 _BY_PRODUCTS = "matrix products"
 _BY_LEVELS = "eigenvalues or singular values"
 
@@ -61,7 +62,12 @@ def _with_gradient(functions: Functions, key: str, x: Tensor, y: Tensor) -> Tens
 def state_times(size: int, rounds: int) -> dict[tuple[str, str], Timing]:
     """Times of operations on single complex64 states of `size` amplitudes, by (operation, what it needs)."""
     timings = {}
-    kinds = {_BY_VECTORS: _on_vectors(size), _BY_PRODUCTS: _on_matrices(size), _BY_LEVELS: _with_levels(size)}
+    kinds = {
+        _BY_VECTORS: _on_vectors(size),
+        _BY_GRAM: _on_mixtures(size),
+        _BY_PRODUCTS: _on_matrices(size),
+        _BY_LEVELS: _with_levels(size),
+    }
     for kind, calls in kinds.items():
         found = interleaved(calls, rounds if kind == _BY_LEVELS else 20 * rounds)
         timings.update({(name, kind): timing for name, timing in found.items()})
@@ -85,6 +91,16 @@ def _on_vectors(size: int) -> dict[str, Callable[[], Any]]:
         "evolution by a given unitary": lambda: evolution.evolve(a, unitary),
         "reduced state of half the system": lambda: states.reduced_state(a, *_halves(size)),
         "entanglement entropy of the halves": lambda: entropy.von_neumann(states.reduced_state(a, *_halves(size))),
+    }
+
+
+def _on_mixtures(size: int) -> dict[str, Callable[[], Any]]:
+    a, b = normalize(torch.randn(2, 16, size, dtype=torch.complex64), dim=-1)
+    return {
+        "entropy of a mixture": lambda: entropy.ensemble_entropy(a),
+        "purity of a mixture": lambda: entropy.purity(states.gram_matrix(a)),
+        "infidelity of mixtures": lambda: fidelity.ensemble_infidelity(a, b),
+        "Bures angle of mixtures": lambda: fidelity.ensemble_bures_angle(a, b),
     }
 
 

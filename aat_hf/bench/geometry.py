@@ -1,30 +1,39 @@
 """`aat bench geometry`: errors of distances, maps and states against 60-digit arithmetic, and with --times their speed.
 
+With --log-mass, the log-mass of tiles of Gaussian scores beside its prediction, which is that of infinitely many keys.
+
 Side by side with geoopt, geomstats, hypll and QuTiP where they are installed, on the very same numbers:
-pip install mpmath geoopt hypll qutip geomstats "numpy<2.4" (geomstats 2.8 does not import beside a newer NumPy).
+pip install mpmath geoopt hypll qutip geomstats.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import aat_hf
 from aat_hf.bench._common import environment, markdown_table, write_csv
 from aat_hf.bench._geometry_errors import cases
 from aat_hf.bench._geometry_libraries import Library, libraries
 from aat_hf.bench._geometry_times import pair_times, state_times
 from aat_hf.bench._timing import Timing
 from aat_hf.data.progress import notice, progress
+from aat_hf.geometry.free_energy import gaussian_log_mass
+from aat_hf.tiling.moments import cumulant
+
+LOG_MASS_KEYS = (8, 16, 32, 64)
+LOG_MASS_SPREADS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """One measurement of one library; `value` is a relative error, or seconds where `unit` says so."""
+    """One measurement of one library; `value` is a relative error unless `unit` says "s" or "nats"."""
 
     measurement: str
     library: str
@@ -37,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0."""
     parser = argparse.ArgumentParser(prog="aat bench geometry", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="pairs of each accuracy measurement")
-    parser.add_argument("--times", action="store_true", help="measure times instead of errors")
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--times", action="store_true", help="measure times instead of errors")
+    table.add_argument("--log-mass", action="store_true", help="tabulate the log-mass of tiles instead of errors")
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs of each time")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="dimensions of these points")
     parser.add_argument("--size", type=int, default=512, help="amplitudes of the states that are timed")
@@ -47,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     print(f"{environment()}\n")
-    results = _times(args) if args.times else _errors(args.count)
+    results = _times(args) if args.times else _log_masses() if args.log_mass else _errors(args.count)
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
@@ -116,3 +127,38 @@ def _pair_table(timings: Mapping[tuple[str, int], Mapping[str, Timing]]) -> str:
 def _state_table(timings: Mapping[tuple[str, str], Timing]) -> str:
     rows = [[name, kind, f"{1e3 * timing.median:.3f}"] for (name, kind), timing in timings.items()]
     return markdown_table(["operation", "works on", "ms"], rows)
+
+
+def _log_masses() -> list[GeometryResult]:
+    results = log_masses()
+    title = "Log-mass of n scores of standard deviation s, and what its prediction adds, nats"
+    print(f"{title}\n\n{log_mass_table(results)}")
+    return results
+
+
+def log_masses() -> list[GeometryResult]:
+    """Log-mass of n Gaussian scores ("aat_hf") and what second-order moments predict ("prediction"), n by n."""
+    spread = torch.tensor(LOG_MASS_SPREADS, dtype=torch.float64)
+    results = []
+    for count in LOG_MASS_KEYS:
+        predicted = math.log(count) + cumulant(spread.square(), torch.tensor(count))
+        for name, values in (("aat_hf", gaussian_log_mass(spread, count)), ("prediction", predicted)):
+            for s, value in zip(LOG_MASS_SPREADS, values.tolist(), strict=True):
+                results.append(GeometryResult(_log_mass_label(count, s), name, aat_hf.__version__, value, "nats"))
+    return results
+
+
+def log_mass_table(results: Sequence[GeometryResult]) -> str:
+    """One line per spread, one column per number of keys: the log-mass (prediction less log-mass)."""
+    value = {(result.measurement, result.library): result.value for result in results}
+    rows = []
+    for s in LOG_MASS_SPREADS:
+        labels = [_log_mass_label(count, s) for count in LOG_MASS_KEYS]
+        pairs = [(value[label, "aat_hf"], value[label, "prediction"]) for label in labels]
+        # + 0.0: rounding is no "-0.000".
+        rows.append([f"{s:g}", *(f"{exact:.3f} ({round(over - exact, 3) + 0.0:+.3f})" for exact, over in pairs)])
+    return markdown_table(["s", *(f"n = {count}" for count in LOG_MASS_KEYS)], rows)
+
+
+def _log_mass_label(count: int, spread: float) -> str:
+    return f"log-mass, n = {count}, s = {spread:g}"

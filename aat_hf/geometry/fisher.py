@@ -6,7 +6,8 @@ the query: the covariance of its keys, which tile selection sums up.
 
 Everything on the simplex goes through p -> 2 sqrt p, an isometry on the sphere of radius 2 (Amari & Nagaoka 2000,
 Methods of Information Geometry, ch. 2; Kass & Vos 1997, sec. 7.4). Distances and maps are computed in float64 and
-returned in the inputs' dtype. Distances are in radians of that sphere: from 0 to pi.
+returned in the inputs' dtype. Distances are in radians of that sphere: from 0 to pi. A row that sees no key, all of it
+0 or -inf, gives NaN and has the gradient 0, so that it can be masked out of a loss.
 """
 
 from __future__ import annotations
@@ -21,9 +22,25 @@ from aat_hf.geometry.blocks import in_blocks
 
 
 def _root(p: Tensor) -> Tensor:
-    """Unit vector sqrt(p / sum p), float64; gradient 0 where p is 0."""
+    """Unit vector sqrt(p / sum p), float64; gradient 0 where p is 0; 0 for a row of zeros."""
     wide = p.double()
-    return smooth.positive_sqrt(wide / wide.sum(-1, keepdim=True))
+    total = wide.sum(-1, keepdim=True)
+    return smooth.positive_sqrt(wide / torch.where(total == 0, 1.0, total))
+
+
+def _root_of_softmax(s: Tensor) -> Tensor:
+    """Unit vector sqrt(softmax(s)), float64; 0 for a row of -inf."""
+    highest = s.detach().amax(-1, keepdim=True)
+    root = torch.exp((s.double() - highest.masked_fill(highest == -torch.inf, 0.0)) / 2)
+    square = _dot(root, root)
+    return root * torch.where(square == 0, 1.0, square).rsqrt()
+
+
+def _known(value: Tensor, *roots: Tensor) -> Tensor:
+    """`value` (..., n or 1), NaN where one of the roots (..., n) is 0: a constant, which blocks the gradient."""
+    for root in roots:
+        value = torch.where(root.detach().amax(-1, keepdim=True) > 0, value, torch.nan)
+    return value
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -39,9 +56,10 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    less, more = a - b, a + b
-    angle = torch.atan2(smooth.positive_sqrt(_dot(less, less)), _dot(more, more).sqrt())
-    return (4 * angle).to(dtype)
+    less, more = (_dot(x, x) for x in (a - b, a + b))
+    angle = torch.atan2(smooth.positive_sqrt(less), smooth.positive_sqrt(more))
+    both = (less + more).detach() > 3  # twice the sum of their squares, 4 for unit vectors
+    return torch.where(both, 4 * angle, torch.nan).to(dtype)
 
 
 def distance(p: Tensor, r: Tensor) -> Tensor:
@@ -55,15 +73,11 @@ def distance(p: Tensor, r: Tensor) -> Tensor:
 
 
 def distance_logits(s: Tensor, t: Tensor) -> Tensor:
-    """`distance` of softmax(s) and softmax(t) (..., n): (...); -inf is allowed, and every gradient is finite.
-
-    A row of nothing but -inf gives NaN.
-    """
+    """`distance` of softmax(s) and softmax(t) (..., n): (...); -inf is allowed, and every gradient is finite."""
     dtype = torch.promote_types(s.dtype, t.dtype)
 
     def of_logits(s: Tensor, t: Tensor) -> Tensor:
-        a, b = (torch.log_softmax(x.double(), -1).div(2).exp() for x in (s, t))
-        return _distance(a, b, dtype)
+        return _distance(_root_of_softmax(s), _root_of_softmax(t), dtype)
 
     return in_blocks(of_logits, s, t).squeeze(-1)
 
@@ -71,8 +85,12 @@ def distance_logits(s: Tensor, t: Tensor) -> Tensor:
 def distance2(p: Tensor, r: Tensor) -> Tensor:
     """Squared Fisher-Rao distance: (...); smooth at p = r."""
     dtype = torch.promote_types(p.dtype, r.dtype)
-    squared = in_blocks(lambda p, r: (16 * smooth.arcsin_squared(_chord(_root(p), _root(r)))).to(dtype), p, r)
-    return squared.squeeze(-1)
+
+    def squared(p: Tensor, r: Tensor) -> Tensor:
+        a, b = _root(p), _root(r)
+        return _known(16 * smooth.arcsin_squared(_chord(a, b)), a, b).to(dtype)
+
+    return in_blocks(squared, p, r).squeeze(-1)
 
 
 def inner(p: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
@@ -96,13 +114,16 @@ def geodesic(p: Tensor, r: Tensor, t: float | Tensor) -> Tensor:
     sinc = smooth.sinc_sqrt(squared)
     from_a = (1 - time) * smooth.sinc_sqrt((1 - time) ** 2 * squared) / sinc
     from_b = time * smooth.sinc_sqrt(time**2 * squared) / sinc
-    return (from_a * a + from_b * b).square().to(dtype)
+    return _known((from_a * a + from_b * b).square(), a, b).to(dtype)
 
 
 def midpoint(p: Tensor, r: Tensor) -> Tensor:
     """The middle of the geodesic: the square of the normalised sqrt p + sqrt r: (..., n)."""
-    total = _root(p) + _root(r)
-    return (total.square() / _dot(total, total)).to(torch.promote_types(p.dtype, r.dtype))
+    a, b = _root(p), _root(r)
+    total = a + b
+    square = _dot(total, total)
+    middle = total.square() / torch.where(square == 0, 1.0, square)
+    return _known(middle, a, b).to(torch.promote_types(p.dtype, r.dtype))
 
 
 def expmap(p: Tensor, v: Tensor) -> Tensor:
@@ -116,7 +137,7 @@ def expmap(p: Tensor, v: Tensor) -> Tensor:
     w = torch.where(inside, v.double() / (2 * torch.where(inside, a, 1.0)), 0.0)
     squared = _dot(w, w)
     psi = smooth.cos_sqrt(squared) * a + smooth.sinc_sqrt(squared) * w
-    return psi.square().to(torch.promote_types(p.dtype, v.dtype))
+    return _known(psi.square(), a).to(torch.promote_types(p.dtype, v.dtype))
 
 
 def logmap(p: Tensor, r: Tensor) -> Tensor:
@@ -128,7 +149,7 @@ def logmap(p: Tensor, r: Tensor) -> Tensor:
     a, b = _root(p), _root(r)
     chord = _chord(a, b)
     v = 2 * a * smooth.arcsin_ratio(chord) * ((b - a) + 2 * chord * a)
-    return v.to(torch.promote_types(p.dtype, r.dtype))
+    return _known(v, a, b).to(torch.promote_types(p.dtype, r.dtype))
 
 
 def softmax_metric(p: Tensor) -> Tensor:
@@ -156,6 +177,9 @@ def tile_metric(k: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor
     the attention within the tile, softmax(q.k), as the weight. Computed in float32 or wider, deviations first, so
     that a vector added to all keys does not touch the covariance.
 
+    Of keys and values side by side, k = [keys, values] (..., n, d + e), the block `covariance[..., d:, :d]` holds their
+    cross moments: the derivative of the tile's output sum_j p_j v_j in the query.
+
     Args:
         k: (..., n, d) keys.
         weight: (..., n), not negative, or booleans: which keys exist; all alike without it. Only its ratios count.
@@ -171,6 +195,24 @@ def tile_metric(k: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor
     mean = (w * x).sum(-2)
     centred = x - mean[..., None, :]
     return mean, (w * centred).mT @ centred
+
+
+def merge_tile_metrics(weight: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """`tile_metric` of a union from those of disjoint parts, in any order and grouping (Chan, Golub & LeVeque 1983).
+
+    Args:
+        weight: (..., parts), number or total weight of the keys of each; a part without weight counts for nothing.
+        mean: (..., parts, d).
+        covariance: (..., parts, d, d), population form.
+
+    Returns:
+        mean (..., d) and covariance (..., d, d), whose weight is the sum; both 0 without weight.
+    """
+    weight = weight.to(covariance)  # a quotient of integers would be float32
+    total = weight.sum(-1, keepdim=True)
+    share = (weight / torch.where(total == 0, 1.0, total))[..., None, None]
+    mean_of_all, between = tile_metric(mean, weight)
+    return mean_of_all, (share * covariance).sum(-3) + between
 
 
 def diagonal_tile_metric(k: Tensor, exists: Tensor | None = None) -> tuple[Tensor, Tensor]:

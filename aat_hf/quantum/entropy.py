@@ -4,6 +4,9 @@ A user of attention gets the effective rank e^S of a head: 1 when all rows atten
 them all, up to min(queries, keys) when no two rows share a key. Mutual information says what a joint state shares.
 All values are in nats; 0 log 0 is 0 and every gradient is finite, also at rank-deficient and degenerate matrices.
 
+Cost: all but the purity solve eigenvalue problems of the matrix they are given, n^3. A mixture of m < n states needs no
+(n, n) matrix: `ensemble_entropy` takes the states, everything of one matrix takes their `states.gram_matrix` (m, m).
+
 Sources: Nielsen and Chuang (2000), chapter 11; O. Roy and M. Vetterli, *The effective rank*, EUSIPCO (2007).
 """
 

@@ -24,6 +24,8 @@ def propagator(hamiltonian: Tensor, time: Tensor | float = 1.0) -> Tensor:
     Args:
         hamiltonian: (..., n, n), Hermitian (its Hermitian part is taken), in units of 1 / time.
         time: number or (...), broadcast with the batch shape.
+
+    Cost: one eigenvalue problem, n^3; `evolve` with the result then takes n^2 for each state.
     """
     dtype = common_dtype(hamiltonian).to_complex()
     time = torch.as_tensor(time, dtype=torch.float64, device=hamiltonian.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aat_hf.quantum._precision import common_dtype, real_dtype, widened
+from aat_hf.quantum._tiles import tile_index
 from aat_hf.quantum.states import norm
 
 
@@ -103,7 +104,7 @@ def tile_projectors(keys: int, key_tile: int, dtype: torch.dtype = torch.float32
 
     For small examples and checks; `tile_probabilities` and `project_tiles` do the same without matrices.
     """
-    tile = torch.arange(keys) // key_tile
+    tile = tile_index(keys, key_tile)
     member = tile == torch.arange(-(-keys // key_tile))[:, None]
     return torch.diag_embed(member.to(dtype))
 
@@ -112,8 +113,9 @@ def tile_probabilities(state: Tensor, key_tile: int) -> Tensor:
     """Born probabilities of the key tiles, the tile masses of an attention row: (..., keys) -> (..., key_tiles)."""
     wide = widened(state)
     density = (wide.conj() * wide).real
-    padded = torch.nn.functional.pad(density, (0, -state.shape[-1] % key_tile))
-    return padded.unflatten(-1, (-1, key_tile)).sum(-1).to(real_dtype(state))
+    index, tiles = tile_index(state.shape[-1], key_tile, state.device), -(-state.shape[-1] // key_tile)
+    masses = density.new_zeros((*density.shape[:-1], tiles)).index_add(-1, index, density)
+    return masses.to(real_dtype(state))
 
 
 def project_tiles(state: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,7 @@ def pinch_tiles(rho: Tensor, key_tile: int) -> Tensor:
 
     The state after a tile measurement that is not read; its entropy is never lower.
     """
-    tile = torch.arange(rho.shape[-1], device=rho.device) // key_tile
+    tile = tile_index(rho.shape[-1], key_tile, rho.device)
     return torch.where(tile[:, None] == tile, rho, 0.0)
 
 

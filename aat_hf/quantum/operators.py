@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aat_hf.quantum._precision import common_dtype, real_dtype, widened
+from aat_hf.quantum._tiles import tile_index
 
 
 class CoarseGraining(NamedTuple):
@@ -66,7 +67,7 @@ def noncommutativity(heads: Tensor) -> Tensor:
 def tile_average(matrix: Tensor, tile: int) -> Tensor:
     """C matrix: each row (..., n, k) replaced by the mean over its tile of rows; the last tile may be shorter."""
     rows = matrix.shape[-2]
-    index = torch.arange(rows, device=matrix.device) // tile
+    index = tile_index(rows, tile, matrix.device)
     sums = torch.zeros(
         (*matrix.shape[:-2], -(-rows // tile), matrix.shape[-1]), dtype=matrix.dtype, device=matrix.device
     )

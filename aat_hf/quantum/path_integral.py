@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aat_hf.quantum._precision import common_dtype, real_dtype, widened
+from aat_hf.quantum._tiles import tile_index
 
 
 def path_sum(layers: Sequence[Tensor]) -> Tensor:
@@ -59,7 +60,7 @@ def tile_transfer(attention: Tensor, tile: int) -> Tensor:
     Path sums of it equal the tile transfer of the path sum exactly when every layer is lumpable
     (`operators.coarse_graining` with `queries` = 0); rows add up to 1 when those of `attention` do.
     """
-    index = torch.arange(attention.shape[-1], device=attention.device) // tile
+    index = tile_index(attention.shape[-1], tile, attention.device)
     size = torch.bincount(index).to(torch.float64)
     wide = widened(attention)
     tiles = len(size)

@@ -94,17 +94,29 @@ def density_matrix(states: Tensor, weights: Tensor | None = None) -> Tensor:
     return (states * weights[..., None]).mT @ states.conj()
 
 
-def gram_matrix(states: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sqrt(w_i w_j) <psi_i|psi_j>: (..., m, m), with the nonzero eigenvalues of `density_matrix`.
+def weighted_rows(states: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sqrt(w_i) psi_i of `states` (..., m, n): (..., m, n), a matrix X with X^T X^* = `density_matrix`.
 
     Args:
-        states: (..., m, n).
         weights: as in `density_matrix`.
     """
     weights = _weights(states, weights)
     zero = weights == 0
     root = torch.where(zero, 0.0, torch.where(zero, 1.0, weights).sqrt())
-    scaled = states * root[..., None]
+    return states * root[..., None]
+
+
+def gram_matrix(states: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sqrt(w_i w_j) <psi_i|psi_j>: (..., m, m), with the nonzero eigenvalues of `density_matrix`.
+
+    It stands for that matrix in everything that asks for eigenvalues alone, at m^2 n + m^3 operations: entropies, the
+    effective rank, the purity.
+
+    Args:
+        states: (..., m, n).
+        weights: as in `density_matrix`.
+    """
+    scaled = weighted_rows(states, weights)
     return scaled.conj() @ scaled.mT
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from crystal_inputs import attention, batches, dtypes, few, gaussian, precisions, seeds, uniform, within
 from hypothesis import given
@@ -60,10 +61,16 @@ def test_random_keys_scatter_as_one_minus_their_density():
 @given(st.integers(2, 12), st.floats(0, 0.2), seeds)
 def test_bragg_peak_finds_the_period_of_a_comb_with_noise(period, chance, seed):
     n = 480
-    kept = (torch.arange(n) % period == 0) ^ (uniform(n, seed=seed) < chance / period)
-    peak = periodic.bragg_peak(kept.expand(2, n), longest=24)
+    comb = torch.arange(n) % period == 0
+    noise = uniform(n, seed=seed) < chance / period
+    peak = periodic.bragg_peak((comb ^ noise).expand(2, n), longest=24)
     assert peak.score.shape == (2,) and float(peak.period[0]) == pytest.approx(period, rel=0.05)
-    assert peak.score[0] > 20
+    # Each key put in or taken out moves the amplitude by at most 1; the comb's is less than its number between
+    # wavenumbers (period 11).
+    amplitude = (periodic.structure_factor(comb)[peak.wavenumber[0]] * comb.sum()).sqrt()
+    least = (amplitude - noise.sum()).clamp(min=0).square()
+    assert peak.height[0] * (comb ^ noise).sum() >= least * (1 - 1e-5)
+    assert peak.score[0] > 2 * math.log(n / 2)  # twice the most striking of random wavenumbers
 
 
 def test_a_block_is_excluded_by_the_longest_period():
@@ -82,18 +89,49 @@ def test_nothing_and_everything_have_no_period():
         assert peak.score < 1e-6 and not periodic.structure_factor(kept)[1:].any()
 
 
+def characteristic(points, values):
+    """prod (z - value) over the values (n,) at points (Z,): complex (Z,)."""
+    return (points[:, None] - values).prod(-1)
+
+
 @few
 @given(st.integers(1, 6), st.integers(1, 4), dtypes, seeds)
 def test_bands_are_the_spectrum_of_the_ring(cells, period, dtype, seed):
+    """With multiplicities, by the characteristic polynomials; one by one as far as rounding moves eigenvalues."""
     ring = periodic_map(cells, period, seed, dtype)
     blocks = periodic.periodic_part(ring, period)
     torch.testing.assert_close(blocks[0], ring[:period, :period], rtol=0, atol=1e-6)
     bands = periodic.bloch_bands(blocks)
     assert bands.shape == (cells, period) and bands.dtype == dtype.to_complex()
-    ours, dense = bands.flatten().numpy(), np.linalg.eigvals(ring.double().numpy())
-    for values, others in ((ours, dense), (dense, ours)):  # the same set, up to rounding
-        assert max(np.abs(others - value).min() for value in values) <= within(dtype, 1e-3, 1e-7)
-    assert abs(complex(bands[0, 0]) - 1) <= 1e-5  # rows add up to 1
+    n = cells * period
+    around = 2 * torch.exp(2j * torch.pi * torch.arange(n + 1, dtype=torch.float64) / (n + 1))  # fixes all coefficients
+    expected = torch.linalg.det(around[:, None, None] * torch.eye(n) - ring.double())
+    found = characteristic(around, bands.flatten().to(torch.complex128))
+    torch.testing.assert_close(found, expected, rtol=within(dtype, 1e-4, 1e-10), atol=0)
+    values, left, right = scipy.linalg.eig(ring.double().numpy(), left=True)
+    condition = 1 / np.abs((left.conj() * right).sum(0))
+    for value, sensitive in zip(values, condition, strict=True):
+        if sensitive < 1e5:  # beyond, rounding moves eigenvalues to more than first order
+            distance = np.abs(bands.flatten().numpy() - value).min()
+            assert distance <= within(dtype, 1e-4, 1e-10) + 1e-13 * sensitive
+    assert abs(complex(bands[0, 0]) - 1) <= within(dtype, 1e-5, 1e-10)  # rows add up to 1
+
+
+@pytest.mark.parametrize("dtype", precisions)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_bands_are_exact_for_a_nearby_map_and_move_by_roots_of_the_rounding(size, dtype):
+    """A Jordan block in a cell, turned by a rotation so that nothing is exact, and coupled to the next cell."""
+    turn = torch.linalg.qr(gaussian(size, size)).Q
+    jordan = torch.diag(torch.full((size,), 0.5)) + torch.diag(torch.ones(size - 1), 1)
+    cell = turn @ torch.stack([jordan, 0.25 * torch.eye(size), torch.zeros(size, size)]).double() @ turn.mT
+    bands = periodic.bloch_bands(cell.to(dtype)).to(torch.complex128)
+    kappa = 2 * torch.pi * torch.arange(3, dtype=torch.float64) / 3
+    exact = 0.5 + 0.25 * torch.exp(1j * kappa)
+    rounding = 16 * torch.finfo(dtype).eps
+    assert ((bands - exact[:, None]).abs() <= rounding ** (1 / size)).all()
+    shifted = bands[..., None, None] * torch.eye(size) - periodic.bloch_blocks(cell)[:, None]
+    gap = torch.linalg.svdvals(shifted)[..., -1]  # the least change of the block that makes it an eigenvalue
+    assert (gap <= rounding).all()
 
 
 @few

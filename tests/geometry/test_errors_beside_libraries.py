@@ -40,6 +40,17 @@ def test_ours_keeps_to_the_targets_and_the_textbook_does_not(found):
     assert worst_textbook > 1e-2  # the measurements can tell
 
 
+@pytest.mark.parametrize("library", ["geoopt", "geomstats", "hypll", "qutip"])
+def test_libraries_agree_with_us_where_their_formulae_are_accurate(found, library):
+    if library not in found:
+        pytest.skip(f"{library} is not installed")
+    easy = ("distance, radius 1", "radius 1, length 1", "distance, perturbation 1", "of pure states", "of mixed states")
+    compared = [case for case in cases(10) if case.label.endswith(easy) and case.needs in found[library].functions]
+    assert compared
+    for case in compared:
+        assert case.error(found[library].functions) <= 1e-4, case.label
+
+
 def test_the_tables_have_a_line_for_every_measurement(capsys, tmp_path):
     assert geometry.main(["--count", "2", "--out", str(tmp_path / "errors.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()

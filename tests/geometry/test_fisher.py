@@ -11,6 +11,7 @@ from mpmath import mp
 from oracles import fisher_rao, relative, rows
 from torch.autograd import gradcheck, gradgradcheck
 
+from aat_hf.bench._geometry_libraries import tolerant_imports
 from aat_hf.geometry import fisher
 
 
@@ -88,9 +89,37 @@ def test_logits_give_the_same_distance_with_finite_gradients():
     assert gradcheck(lambda s: fisher.distance_logits(s, t[:3, 2:]), (free,))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        fisher.distance,
+        fisher.distance2,
+        fisher.logmap,
+        fisher.midpoint,
+        lambda p, r: fisher.geodesic(p, r, 0.3),
+        lambda p, r: fisher.expmap(p, 0.1 * (r - p)),
+        fisher.distance_logits,
+    ],
+)
+def test_rows_that_see_no_key_are_nan_and_can_be_masked_out_of_a_loss(function):
+    p, r = simplex(3, 4), simplex(3, 4)
+    p[1] = 0
+    if function is fisher.distance_logits:
+        p, r = p.log(), r.log()
+    value = function(p.requires_grad_(True), r.requires_grad_(True))
+    assert value[1].isnan().all() and value[::2].isfinite().all()
+    dead = torch.tensor([False, True, False]).view(3, *[1] * (value.ndim - 1))
+    gradients = torch.autograd.grad(torch.where(dead, 0.0, value).square().sum(), (p, r))
+    alone = [x.detach()[::2].requires_grad_(True) for x in (p, r)]
+    expected = torch.autograd.grad(function(*alone).square().sum(), alone)
+    for found, without in zip(gradients, expected, strict=True):
+        assert not found[1].any() and torch.equal(found[::2], without)
+
+
 def test_distances_agree_with_geomstats():
-    categorical = pytest.importorskip("geomstats.information_geometry.categorical", exc_type=ImportError)
-    normal = pytest.importorskip("geomstats.information_geometry.normal", exc_type=ImportError)
+    with tolerant_imports():
+        categorical = pytest.importorskip("geomstats.information_geometry.categorical")
+        normal = pytest.importorskip("geomstats.information_geometry.normal")
     p, r = simplex(10, 5, sharp=2), simplex(10, 5, sharp=2)
     theirs = categorical.CategoricalDistributions(dim=4).metric.dist(p.numpy(), r.numpy())
     assert torch.allclose(fisher.distance(p, r), torch.as_tensor(theirs), rtol=1e-9)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aat_hf.geometry import fisher
 from aat_hf.geometry.fisher import tile_metric
 from aat_hf.kernels.coarse import merge_attention
-from aat_hf.tiling.moments import Moments, cumulant, log_mass, merge, summarise
+from aat_hf.tiling.moments import Moments, append, cumulant, log_mass, merge, summarise
 
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-12)]
 
@@ -32,9 +33,8 @@ def test_merged_moments_are_those_of_all_keys_of_the_tile_in_any_order(keys, dty
     k = (torch.randn(2, 3, keys, 5) * torch.tensor([0.1, 1, 3, 10, 30])).to(dtype)
     fine = summarise(k, 64, 8)
     order = torch.randperm(8)
-    ways = [merge(fine), merge(groups(fine, order))]
-    if keys % 64 == 0:  # a pair without keys has no mean
-        ways.append(merge(joined([merge(groups(fine, pair)) for pair in order.view(4, 2)])))
+    pairs = joined([merge(groups(fine, pair)) for pair in order.view(4, 2)])
+    ways = [merge(fine), merge(groups(fine, order)), merge(pairs)]
     for tile, start in enumerate(range(0, keys, 64)):
         inside = k[:, :, start : start + 64].double().numpy()
         for found in ways:
@@ -43,6 +43,83 @@ def test_merged_moments_are_those_of_all_keys_of_the_tile_in_any_order(keys, dty
             size = np.sqrt(inside.var(2))
             assert (np.abs(mean - inside.mean(2)) <= tolerance * size).all()
             assert (np.abs(variance - size**2) <= tolerance * size**2).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    tile=st.sampled_from([(8, 1), (8, 4), (16, 16), (64, 8)]),
+    precision=st.sampled_from(PRECISIONS),
+    seed=st.integers(0, 2**20),
+)
+def test_appended_keys_are_as_good_as_recomputed(steps, tile, precision, seed):
+    torch.manual_seed(seed)
+    dtype, tolerance = precision
+    key_tile, parts = tile
+    size = torch.tensor([0.1, 1.0, 30.0], dtype=dtype)
+    k = torch.randn(2, 1, sum(steps), 3, dtype=dtype) * size
+    pieces = k.split(steps, 2)
+    found = summarise(pieces[0], key_tile, parts)
+    for piece in pieces[1:]:
+        found = append(found, piece, key_tile)
+    whole = summarise(k, key_tile, parts)
+    assert torch.equal(found.count, whole.count) and found.mean.dtype == dtype
+    assert found.mean.shape == whole.mean.shape == found.variance.shape
+    assert ((found.mean - whole.mean).abs() <= tolerance * size).all()
+    assert ((found.variance - whole.variance).abs() <= tolerance * size**2).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_a_tile_filled_key_by_key_far_from_the_origin(dtype, tolerance):
+    """As in decoding; the mean holds so many digits of the offset, the variance those of the spread."""
+    k = (100 + torch.randn(1, 2, 150, 4)).to(dtype)
+    found = summarise(k[:, :, :70], 64, 4)
+    for place in range(70, 150):
+        found = append(found, k[:, :, place : place + 1], 64)
+    whole = summarise(k, 64, 4)
+    assert torch.equal(found.count, whole.count)
+    torch.testing.assert_close(found.mean, whole.mean, rtol=tolerance, atol=0)
+    torch.testing.assert_close(found.variance, whole.variance, rtol=0, atol=10 * tolerance)
+    assert append(found, k[:, :, :0], 64) is found
+    with pytest.raises(ValueError, match="150 keys in 3 tiles are not those of tiles of 32"):
+        append(found, k, 32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 30), max_size=4).map(sorted),
+    order=st.randoms(use_true_random=False),
+    precision=st.sampled_from(PRECISIONS),
+    seed=st.integers(0, 2**20),
+)
+def test_metrics_of_keys_and_values_merge_in_any_order(cuts, order, precision, seed):
+    """numpy.cov of keys and values side by side; the off-diagonal block are their cross moments."""
+    torch.manual_seed(seed)
+    dtype, tolerance = precision
+    x = (torch.randn(30, 5) * torch.tensor([0.1, 1.0, 3.0, 10.0, 30.0])).to(dtype)
+    parts = [x[a:b] for a, b in zip([0, *cuts], [*cuts, 30], strict=True)]
+    tree = [(torch.tensor(float(len(part))), *tile_metric(part)) for part in parts]
+    while len(tree) > 1:
+        pair = [tree.pop(order.randrange(len(tree))) for _ in range(2)]
+        weight, mean, covariance = (torch.stack(same) for same in zip(*pair, strict=True))
+        tree.append((weight.sum(), *fisher.merge_tile_metrics(weight, mean, covariance)))
+    weight, mean, covariance = tree[0]
+    assert weight == 30 and covariance.dtype == dtype
+    expected = np.cov(x.double().numpy().T, ddof=0)
+    size = np.sqrt(np.diag(expected))
+    assert (np.abs(mean.double().numpy() - x.double().numpy().mean(0)) <= tolerance * size).all()
+    assert (np.abs(covariance.double().numpy() - expected) <= tolerance * np.outer(size, size)).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_cross_moments_are_the_slope_of_a_tiles_output_in_the_query(dtype, tolerance):
+    k, v, q = torch.randn(2, 9, 3).to(dtype), torch.randn(2, 9, 4).to(dtype), torch.randn(2, 3).to(dtype)
+    for at in (torch.zeros_like(q), q):
+        p = torch.einsum("bnd,bd->bn", k, at).softmax(-1)
+        mean, metric = tile_metric(torch.cat([k, v], -1), p)
+        slope = torch.func.vmap(torch.func.jacrev(lambda q, k, v: (k @ q).softmax(-1) @ v))(at, k, v)
+        torch.testing.assert_close(metric[:, 3:, :3], slope, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mean[:, 3:], torch.einsum("bn,bne->be", p, v), rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,7 +23,7 @@ from random_states import (
     unitary,
 )
 
-from aat_hf.quantum import fidelity, measurement, states
+from aat_hf.quantum import fidelity, measurement, operators, path_integral, states
 
 
 def trine():
@@ -178,3 +178,20 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda a: measurement.tile_probabilities(a, 3), (x,))
     kept = torch.tensor([True, False, True, True])
     assert torch.autograd.gradcheck(lambda a: measurement.project_tiles(a, kept), (x,))
+
+
+@pytest.mark.parametrize("tile", [0, -2])
+@pytest.mark.parametrize(
+    "function",
+    [
+        measurement.tile_probabilities,
+        measurement.pinch_tiles,
+        lambda x, tile: measurement.tile_projectors(6, tile),
+        operators.tile_average,
+        operators.coarse_graining,
+        path_integral.tile_transfer,
+    ],
+)
+def test_a_tile_size_that_makes_no_tile_is_refused(function, tile):
+    with pytest.raises(ValueError, match=f"at least one position, got size {tile}"):
+        function(torch.eye(6), tile)
