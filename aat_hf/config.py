@@ -17,6 +17,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "query_tile": (16, 1024),
     "key_tile": (16, 1024),
     "summary_keys": (1, 1024),
+    "sample_stride": (1, 1024),
     "predict_stride": (1, 1024),
     "sink_keys": (0, 2**31),
     "local_keys": (0, 2**31),
@@ -27,7 +28,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 _OPTIONAL: dict[str, tuple[float, float]] = {
-    "sample_stride": (1, 1024),
     "min_length": (0, 2**31),
     "decode_from": (0, 2**31),
 }
@@ -44,7 +44,7 @@ class AATConfig:
         selector: name of a registered tile selector (`aat_hf.tiling.select.SELECTORS`).
         query_tile, key_tile: rows and keys of a tile.
         summary_keys: keys of one summary (count, mean, variance); divides key_tile or is larger.
-        sample_stride: every so many query rows one is measured exactly; None: 32, or 16 when tolerance <= 0.02.
+        sample_stride: every so many query rows one is measured exactly.
         predict_stride: every so many query rows one is predicted from the moments.
         sink_keys: the tiles of so many first keys are always exact.
         local_keys: so are the tiles of a query tile's own keys and of so many keys before and after them.
@@ -78,13 +78,13 @@ class AATConfig:
     query_tile: int = 64
     key_tile: int = 16
     summary_keys: int = 16
-    sample_stride: int | None = None
+    sample_stride: int = 16
     predict_stride: int = 4
     sink_keys: int = 64
     local_keys: int = 64
     coarse: bool = False
     max_kept: float = 0.7
-    dense_prefix: int = 1024
+    dense_prefix: int = 256
     min_length: int | None = None
     decode_from: int | None = None
     control_rows: int = 64
@@ -134,13 +134,6 @@ class AATConfig:
     def local_tiles(self) -> int:
         """Key tiles before and after a query tile's own that are always exact."""
         return -(-self.local_keys // self.key_tile)
-
-    @property
-    def measured_stride(self) -> int:
-        """Stride of the measured rows that is in force."""
-        if self.sample_stride is not None:
-            return self.sample_stride
-        return 16 if self.tolerance <= 0.02 else 32
 
     @property
     def flat(self) -> AATConfig:

@@ -114,7 +114,7 @@ class Head:
         predicted = _mean(self._predicted(layout, masses), layout)
         if name == "moments":
             return predicted
-        return (predicted + _mean(masses[self._sampled(layout, layout.config.measured_stride)], layout)) / 2
+        return (predicted + _mean(masses[self._sampled(layout, layout.config.sample_stride)], layout)) / 2
 
     def output(self, layout: Layout, kept: Tensor, rows: Tensor) -> Tensor:
         """Attention of `rows` (R,) to the `kept` tiles alone, renormalised: (R, value_dim)."""

@@ -145,7 +145,7 @@ def _rows(provider: Provider, keys: int, args: argparse.Namespace) -> RowsResult
     pool_of(provider).trim()
     config = AATConfig()
     q, k = (torch.randn(1, args.heads, keys, args.head_dim) for _ in range(2))
-    rows = torch.arange(0, keys, config.measured_stride)
+    rows = torch.arange(0, keys, config.sample_stride)
     call = q, k, causal_mask(keys, keys, q.device), rows, config.key_tile, args.head_dim**-0.5
     on_cpu, on_device = measure_rows(*call).probability, ops.measure_rows(provider, *call).probability
     error = float((on_cpu - on_device).abs().max() / on_cpu.max())

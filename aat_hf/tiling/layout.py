@@ -41,13 +41,13 @@ def random_rows(queries: int, count: int, seed: int, device: torch.device, avoid
 
 def control_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows that check a map before it is used, none of them measured: (control_rows,) at most."""
-    used = sampled_rows(queries, config.query_tile, config.measured_stride, device)
+    used = sampled_rows(queries, config.query_tile, config.sample_stride, device)
     return random_rows(queries, config.control_rows, config.seed, device, used)
 
 
 def held_out_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows for the audit, none of them used for the map: (audit_rows,) at most."""
-    used = sampled_rows(queries, config.query_tile, config.measured_stride, device).flatten()
+    used = sampled_rows(queries, config.query_tile, config.sample_stride, device).flatten()
     used = torch.cat([used, control_rows(queries, config, device)])
     return random_rows(queries, config.audit_rows, config.seed + 1, device, used)
 

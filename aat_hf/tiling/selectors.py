@@ -36,8 +36,8 @@ def get_selector(name: str) -> Selector:
 
 
 def measured(scene: Scene) -> Tensor:
-    """Exact Born probabilities of every `measured_stride`-th row."""
-    return _measured(scene, scene.config.measured_stride)
+    """Exact Born probabilities of every `sample_stride`-th row."""
+    return _measured(scene, scene.config.sample_stride)
 
 
 def moments(scene: Scene) -> Tensor:
