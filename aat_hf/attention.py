@@ -14,7 +14,7 @@ from aat_hf.config import AATConfig
 from aat_hf.geometry.lift import lift
 from aat_hf.kernels import router
 from aat_hf.kernels.coarse import coarse_attention, merge_attention
-from aat_hf.kernels.dense import Extras, dense_attention
+from aat_hf.kernels.dense import Extras, dense_attention, grouped_sdpa, kind_for_sdpa
 from aat_hf.kernels.gather import gather_attention
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.kernels.skip import skip_attention
@@ -31,6 +31,7 @@ from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import profile
 
 P = ParamSpec("P")
+_DEFAULT = AATConfig()
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,28 @@ def tiled_attention(
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices or shapes; the message names them.
     """
-    config = config or AATConfig()
+    config = config or _DEFAULT
     check_inputs(q, k, v)
-    mask, bias = as_mask(q, k, attn_mask, is_causal, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = lift(q, k, config.geometry, config.curvature)
     extras = Extras(softcap, sinks, bias, dropout)
     stages = Stages(q.device)
-    if not need_weights and _decodes(q, k, v, mask, config, extras):
+    kind = None if need_lse or need_weights else kind_for_sdpa(q, k, attn_mask, is_causal, extras)
+    if kind is not None:
+        reason = why_dense(q, k, config, extras)
+        if reason is not None:  # what follows would be felt in a short call
+            with stages("dense"):
+                output = grouped_sdpa(q, k, v, None, scale, dropout, kind == "causal")
+            return TiledAttentionResult(output, None, path="dense", reason=reason, stages=stages.milliseconds())
+    mask, bias = as_mask(q, k, attn_mask, is_causal, bias)
+    extras = extras._replace(bias=bias)
+    if q.shape[2] == 1 and not need_weights and _decodes(q, k, v, mask, config, extras):
         decoded = _decode(q, k, v, mask, config, scale, extras, stages, audit)
         if decoded is not None:
             return decoded
-    reason = why_dense(q, k, v, config, extras, need_weights)
+    reason = why_dense(q, k, config, extras, need_weights)
+    if reason is None and not all(_finite(x) for x in (q, k, v)):
+        reason = "q, k or v has values that are not finite"
     tile_map = estimated = cells = None
     if reason is None:  # read several times: a strided view costs more than one copy
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -163,10 +174,8 @@ def tiled_attention(
     )
 
 
-def why_dense(
-    q: Tensor, k: Tensor, v: Tensor, config: AATConfig, extras: Extras, need_weights: bool = False
-) -> str | None:
-    """Why a call goes to exact attention, or None when it can be tiled."""
+def why_dense(q: Tensor, k: Tensor, config: AATConfig, extras: Extras, need_weights: bool = False) -> str | None:
+    """Why a call goes to exact attention, by settings and shapes alone, or None when it can be tiled."""
     if config.mode == "dense":
         return 'mode is "dense"'
     if config.tolerance == 0:
@@ -182,15 +191,13 @@ def why_dense(
         return f"{k.shape[2]} keys are fewer than min_length = {shortest}"
     if q.shape[2] < config.query_tile:
         return f"{q.shape[2]} queries are fewer than a query tile ({config.query_tile})"
-    if not all(_finite(x) for x in (q, k, v)):
-        return "q, k or v has values that are not finite"
     return None
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, extras: Extras) -> bool:
     """Whether a single query's values are selected: `aat_hf.kernels.cpu_decode` does it, without gradients."""
     shortest = max(router.decode_from(config), config.dense_prefix + 1)
-    if q.shape[2] != 1 or k.shape[2] < shortest or config.mode == "dense" or config.tolerance == 0 or config.coarse:
+    if k.shape[2] < shortest or config.mode == "dense" or config.tolerance == 0 or config.coarse:
         return False
     if q.device.type != "cpu" or q.dtype == torch.float64 or config.backend not in ("auto", "cpu"):
         return False

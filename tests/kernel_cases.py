@@ -41,22 +41,27 @@ def check(tensors, tile_map, mask, scale=None, softcap=None, forward=1e-6, backw
     """Output, log-sum-exp and gradients through both against float64."""
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    output, lse = cpu_attention(*tensors, tile_map, mask, scale, softcap)
-    expected, expected_lse = oracle(*doubles, tile_map, mask, scale, softcap)
-    finite = expected_lse.isfinite()
+    found = cpu_attention(*tensors, tile_map, mask, scale, softcap)
+    compare(tensors, found, doubles, oracle(*doubles, tile_map, mask, scale, softcap), forward, backward)
+    return found
+
+
+def compare(tensors, found, doubles, expected, forward, backward):
+    """Output and log-sum-exp `found` from `tensors` and `expected` from `doubles`, and gradients through both."""
+    (output, lse), (wanted, wanted_lse) = found, expected
+    finite = wanted_lse.isfinite()
     assert output.dtype == tensors[2].dtype and lse.dtype == torch.float32
     assert torch.equal(finite, lse.isfinite())
     assert (output[~finite] == 0).all() and torch.isneginf(lse[~finite]).all()
-    assert distance(output, expected) < forward
-    assert torch.allclose(lse[finite].double(), expected_lse[finite], rtol=1e-6, atol=max(2e-5, forward))
+    assert distance(output, wanted) < forward
+    assert torch.allclose(lse[finite].double(), wanted_lse[finite], rtol=1e-6, atol=max(2e-5, forward))
     weight, row_weight = torch.randn(output.shape), torch.randn(lse.shape)
     grads = []
-    for out, log, leaves in ((output, lse, tensors), (expected, expected_lse, doubles)):
+    for out, log, leaves in ((output, lse, tensors), (wanted, wanted_lse, doubles)):
         loss = (out * weight.to(out.dtype)).sum() + (log * row_weight.to(log.dtype))[finite].sum()
         grads.append(torch.autograd.grad(loss, leaves))
     for mine, theirs in zip(*grads, strict=True):
         assert distance(mine, theirs) < backward
-    return output, lse
 
 
 def masks(batch, heads, queries, keys, reach=50, document=77):

@@ -104,6 +104,50 @@ def test_bench_attention_reports_no_time_of_a_wrong_kernel(monkeypatch):
                   "--rounds", "1"])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, f"decoding single tokens is exact below {router.DECODE_FROM} keys"),
+        ({"decode_from": 4096}, "decoding single tokens is exact below 4096 keys"),
+        ({"coarse": True}, "decoding single tokens is exact"),
+        ({"backend": "gather"}, "decoding single tokens is exact"),
+    ],
+)
+def test_explain_says_from_where_on_decoding_selects(changes, told):
+    import transformers as tf
+
+    config = tf.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                            num_attention_heads=2, pad_token_id=0)  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="aat")
+    aat_hf.configure(model, **changes)
+    (plan,) = aat_hf.explain(model, 8192)
+    assert plan.path == "tiled" and plan.reason.endswith(f"; {told}")
+
+
+def test_short_calls_are_exact_and_recorded():
+    """A short call goes to SDPA at once; while somebody listens it is seen with its reason, and computes the same."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="aat").eval()
+    ids = torch.randint(3, 97, (2, 40))
+    padding = torch.ones_like(ids)
+    padding[1, :7] = 0
+    for attention_mask in (None, padding):
+        with torch.no_grad():
+            model.set_attn_implementation("sdpa")
+            expected = model(ids, attention_mask=attention_mask).logits
+            model.set_attn_implementation("aat")
+            found = model(ids, attention_mask=attention_mask).logits
+            with aat_hf.record(model) as report:
+                recorded = model(ids, attention_mask=attention_mask).logits
+        seen = padding.bool() if attention_mask is not None else torch.ones_like(ids).bool()
+        assert torch.allclose(found[seen], expected[seen], atol=1e-5) and torch.equal(found[seen], recorded[seen])
+        assert [layer.reason for layer in report.layers] == ["40 keys are fewer than min_length = 3072"] * 2
+
+
 def test_a_tiled_model_layer_that_is_too_dense_says_so():
     import transformers as tf
 

@@ -14,7 +14,9 @@ from aat_hf.hf.compiled import compiled_attention
 from aat_hf.hf.guard import install
 from aat_hf.hf.masks import aat_mask, from_argument
 from aat_hf.hf.operator import run_layer
+from aat_hf.hf.short import exact_at_once
 from aat_hf.hf.space import lifted
+from aat_hf.kernels.dense import Extras
 
 _active_collector: Any = None  # what a model collects while it runs
 with suppress(ImportError):
@@ -64,8 +66,13 @@ def aat_attention(
     sinks = s_aux if s_aux is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     query, key, value = _one_dtype(module, query, key, value)
-    query, key = lifted(module, query, key)
     weights_wanted = _weights_wanted(kwargs)
+    if not weights_wanted and not torch.compiler.is_compiling():
+        extras = Extras(softcap, sinks, position_bias, dropout)
+        output = exact_at_once(module, query, key, value, attention_mask, scale, extras)
+        if output is not None:
+            return output.transpose(1, 2).contiguous(), None
+    query, key = lifted(module, query, key)
     if torch.compiler.is_compiling():
         return compiled_attention(
             module,

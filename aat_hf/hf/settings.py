@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,6 +14,8 @@ from transformers import PreTrainedConfig
 from aat_hf.config import AATConfig
 
 _VARIABLES = tuple(f"AAT_{field.name.upper()}" for field in dataclasses.fields(AATConfig))
+_known: dict[tuple[str, int | None, tuple[tuple[str, str], ...]], AATConfig] = {}
+_MOST_KNOWN = 4096
 
 
 def configure(target: nn.Module | PreTrainedConfig, **changes: Any) -> AATConfig:
@@ -42,14 +43,19 @@ def settings_of(config: Any, layer_idx: int | None = None) -> AATConfig:
 
     Environment variables are those the process had at its first call.
     """
-    stored = getattr(config, "aat", None)
-    return _settings(json.dumps(stored, sort_keys=True) if stored else "{}", layer_idx, environment())
+    stored = getattr(config, "aat", None) or {}
+    key = (repr(stored), layer_idx, environment())  # the dict may have been changed in place
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MOST_KNOWN:  # a schedule changes the tolerance at every step
+            _known.clear()
+        found = _known[key] = _settings(stored, layer_idx)
+    return found
 
 
-@lru_cache(maxsize=4096)
-def _settings(stored: str, layer_idx: int | None, overrides: tuple[tuple[str, str], ...]) -> AATConfig:
-    settings = AATConfig.from_dict(json.loads(stored)).for_layer(layer_idx)
-    return settings.with_environment() if overrides else settings
+def _settings(stored: dict[str, Any], layer_idx: int | None) -> AATConfig:
+    settings = AATConfig.from_dict(stored).for_layer(layer_idx)
+    return settings.with_environment() if environment() else settings
 
 
 @lru_cache(maxsize=1)

@@ -116,7 +116,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
-    """Exact tiles as compressed rows; each distinct cut tile (the mask's heads and batch) is evaluated once."""
+    """Exact tiles as compressed rows; cut tiles in which the mask is the same share its evaluation."""
     # numpy: a thousand elements here and there are not worth torch's threads
     starts, columns, exact = rows_of(tile_map, EXACT)
     (cut,) = tile_map.cut.numpy()[exact].nonzero()
@@ -126,9 +126,9 @@ def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
     head = row // query_tiles
     shared = head // heads * own_batch * heads + head % heads * own_heads
     places, index = np.unique((shared * query_tiles + row % query_tiles) * key_tiles + column, return_inverse=True)
+    masks, number = _mask_tiles(torch.from_numpy(places), tile_map, mask)
     cuts = np.full_like(columns, -1)
-    cuts[cut] = index
-    masks = _mask_tiles(torch.from_numpy(places), tile_map, mask)
+    cuts[cut] = number[index]
     return LoweredTiles(torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(cuts), masks)
 
 
@@ -138,20 +138,21 @@ def rows_of(tile_map: TileMap, level: int) -> tuple[Numbers, Numbers, NDArray[np
     return np.concatenate([[0], chosen.cumsum()])[tile_map.row_start.numpy()], tile_map.columns.numpy()[chosen], chosen
 
 
-def _mask_tiles(places: Tensor, tile_map: TileMap, mask: AttentionMask) -> Tensor:
-    """The mask in the given tiles of the dense map: (places, key_tile, padded query_tile) uint8."""
+def _mask_tiles(places: Tensor, tile_map: TileMap, mask: AttentionMask) -> tuple[Tensor, Numbers]:
+    """The mask in the given tiles of the dense map: (masks, key_tile, padded query_tile) uint8, and which is whose."""
     _, heads, query_tiles, key_tiles = tile_map.shape
     width = -(-tile_map.query_tile // PANEL) * PANEL
-    masks = torch.empty(len(places), tile_map.key_tile, width, dtype=torch.bool)
-    step = max(1, _MASK_ELEMENTS // (tile_map.key_tile * width))
     within_tile = torch.arange(width).clamp(max=tile_map.query_tile - 1)  # lanes past the end repeat the last query
-    for begin in range(0, len(places), step):
-        place = places[begin : begin + step, None, None]
-        head, tile, column = place // key_tiles // query_tiles, place // key_tiles % query_tiles, place % key_tiles
-        query = (tile * tile_map.query_tile + within_tile).clamp(max=mask.queries - 1)
-        key = (column * tile_map.key_tile + torch.arange(tile_map.key_tile)[:, None]).clamp(max=mask.keys - 1)
-        masks[begin : begin + step] = mask.allowed(head // heads, head % heads, query, key)
-    return masks.view(torch.uint8)
+    head, tile = places // key_tiles // query_tiles, places // key_tiles % query_tiles
+    query = (tile[:, None] * tile_map.query_tile + within_tile).clamp(max=mask.queries - 1)
+    start = places % key_tiles * tile_map.key_tile
+    first, number = mask.alike(head // heads, query, start, tile_map.key_tile)
+    head, query, start = head[first, None, None], query[first, None], start[first, None, None]
+    masks = torch.empty(len(first), tile_map.key_tile, width, dtype=torch.bool)
+    for part in torch.arange(len(first)).split(max(1, _MASK_ELEMENTS // (tile_map.key_tile * width))):
+        key = (start[part] + torch.arange(tile_map.key_tile)[:, None]).clamp(max=mask.keys - 1)
+        masks[part] = mask.allowed(head[part] // heads, head[part] % heads, query[part], key)
+    return masks.view(torch.uint8), number.numpy()
 
 
 @torch.library.custom_op("aat_hf::tiled_forward", mutates_args=(), device_types="cpu")

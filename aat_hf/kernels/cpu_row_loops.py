@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, aligned, entry, jit, load
 from aat_hf.kernels.cpu_row_tiles import (
+    LARGEST,
+    TOTAL,
     Rows,
     Slots,
     Summary,
@@ -23,7 +25,8 @@ from aat_hf.kernels.cpu_row_tiles import (
     totals,
     whole_tiles,
 )
-from aat_hf.kernels.simd_emit import LOWEST, PANEL
+from aat_hf.kernels.simd_dots import dots
+from aat_hf.kernels.simd_emit import LOWEST, PANEL, VECTORS
 
 
 @jit
@@ -36,11 +39,13 @@ def _pack_rows(
         row = see.rows[min(panel * PANEL + i, len(see.rows) - 1)]
         values = load(q, head * see.queries + row, 1, slots.scratch)
         for d in range(values.shape[1]):
-            value = values[0, d]
-            queries[d * PANEL + i] = value * rule.factor
-            squares[d * PANEL + i] = (value * rule.scale) ** 2
+            queries[d * PANEL + i] = values[0, d]
         slots.first[i] = see.first[min(batch, see.first.shape[0] - 1), row]
         slots.last[i] = see.last[min(batch, see.last.shape[0] - 1), row]
+    for i in range(queries.size):
+        squares[i] = (queries[i] * rule.scale) ** 2
+    for i in range(queries.size):
+        queries[i] *= rule.factor
 
 
 @jit
@@ -72,7 +77,7 @@ def measure(
     queries, squares = aligned(dim * PANEL), aligned(dim * PANEL)
     slots = Slots(
         aligned(tiles * groups * PANEL), aligned(tiles * PANEL), np.empty(tiles, np.uint8), aligned(KEYS * PANEL),
-        aligned(KEYS * PANEL), aligned(KEYS * dim), aligned(5 * PANEL).reshape(5, PANEL), aligned(PANEL * PANEL),
+        aligned(KEYS * PANEL), aligned(KEYS * dim), aligned(4 * PANEL).reshape(4, PANEL), aligned(PANEL * PANEL),
         np.empty(KEYS * PANEL, np.uint8), np.empty(PANEL, np.int64), np.empty(PANEL, np.int64),
     )  # fmt: skip
     while True:
@@ -110,7 +115,7 @@ def _measure_panel(
         near, far = _band(summary, see, batch, panel)
         sink = summary.sink
     logit = see.sinks[head % see.heads] if see.sinks.size else np.float32(-np.inf)
-    slots.state[4] = max(LOWEST, logit)
+    slots.state[LARGEST] = max(LOWEST, logit)
     tile = low
     while tile < high:
         exact, whole = tile < sink or near <= tile < far, is_whole(see, batch, tile, inside)
@@ -138,18 +143,18 @@ def _normalise(
     """Softmax over the tiles low .. high of one panel, the rows base + start of all; `sink` is one more logit."""
     state, share = slots.state, slots.share
     totals(slots, low, high, groups)
-    width = min(see.together, PANEL)
+    count, width = min(PANEL, len(see.rows) - start), min(see.together, PANEL)
     share[:] = 0
-    for i in range(min(PANEL, len(see.rows) - start)):
-        total = state[1, i] + np.float32(2) ** (sink - state[4, i])
-        lse[base + start + i] = (state[4, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
-        share[i * PANEL + i // width] = np.float32(1) / total if total > 0 else np.float32(0)
-    mixed, share_at = slots.scores, share.ctypes.data
-    for tile in range(low, high, KEYS):  # mean over the lanes that share a row of the result
-        count = min(KEYS, high - tile)
+    for i in range(count):
+        total = state[TOTAL, i] + np.float32(2) ** (sink - state[LARGEST, i])
+        lse[base + start + i] = (state[LARGEST, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
+        share[i // width * PANEL + i] = np.float32(1) / total if total > 0 else np.float32(0)
+    means = slots.scores
+    for tile in range(low, high, KEYS):
+        tiles = min(KEYS, high - tile)
         masses = address(slots.mass, tile * groups)
-        simd.scores(masses, groups * PANEL, count, share_at, PANEL, mixed.ctypes.data, PANEL, PANEL, 0)
-        for lane in range(0, min(PANEL, len(see.rows) - start), width):
-            row = (base + start + lane) // see.together
-            for t in range(count):
-                probability[row, tile + t] += mixed[t * PANEL + lane // width]
+        for lane in range(0, count, width):  # mean over the lanes that share a row of the result
+            row, own = (base + start + lane) // see.together, address(share, lane // width)
+            dots(masses, groups * PANEL, tiles, own, VECTORS, means.ctypes.data)
+            for t in range(tiles):
+                probability[row, tile + t] += means[t]

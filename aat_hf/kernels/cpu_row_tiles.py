@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, jit, load
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
-from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside
+from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside, tile_totals, weigh_tiles
+
+TOTAL, LARGEST, BLOCK, UNREAD = range(4)  # rows of `Slots.state`
 
 
 class Rows(NamedTuple):
@@ -76,7 +78,8 @@ class Slots(NamedTuple):
         weight: (tiles * PANEL,) factor of a tile's mass, where `weighted`.
         weighted: (tiles,) uint8.
         scores, spreads, scratch: of `KEYS` keys or groups.
-        state: (5, PANEL): total in 1, largest log mass in 4; 2 and 3 to spare.
+        state: (4, PANEL), a number for each row: `TOTAL` of its masses, its `LARGEST` log mass, its largest score in
+            the `BLOCK` of keys at hand; `UNREAD` takes what micro-kernels write and nobody reads.
         share: (PANEL * PANEL,) how much of each lane goes to each row of the result.
         allowed: (KEYS * PANEL,) uint8, the mask of a block of keys.
         first, last: (PANEL,) int64, each row sees the keys first <= j < last.
@@ -107,30 +110,47 @@ def exact_tiles(
     q_at: int, slots: Slots, dim: int,
 ) -> None:  # fmt: skip
     """Maximum and total of `count` tiles' exact scores: one tile, or several with `KEYS` keys at most together."""
-    here, top, unused = address(slots.state, 2), slots.state[4], address(slots.state, 3)
-    end = min((tile + count) * see.key_tile, see.keys)
-    slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = LOWEST
-    slots.weight[tile * PANEL : (tile + count) * PANEL] = 0
+    here, top = address(slots.state, BLOCK), slots.state[LARGEST]
+    first, end = tile * see.key_tile, min((tile + count) * see.key_tile, see.keys)
+    mass, total = address(slots.mass, tile * groups), address(slots.weight, tile)
     slots.weighted[tile : tile + count] = 1
-    for key in range(tile * see.key_tile, end, KEYS):
-        keys = min(KEYS, end - key)
-        k_at, scores = load(k, k_first + key, keys, slots.scratch).ctypes.data, slots.scores.ctypes.data
-        for i in range(PANEL):
-            slots.state[2, i] = slots.mass[tile * groups * PANEL + i]
-        if whole and not rule.capped:
-            simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here)
-        else:
-            simd.scores(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, 0)
-            if rule.capped:
-                simd.cap_scores(scores, keys, here if whole else unused, rule.inner, rule.outer)
-            if not whole:
-                _hide(see, batch, key, keys, slots, scores, here)
-        for t in range(count):
-            rows = keys if count == 1 else min(see.key_tile, keys - t * see.key_tile)
-            place, total = address(slots.mass, (tile + t) * groups), address(slots.weight, tile + t)
-            simd.soften(address(slots.scores, t * see.key_tile), rows, place, here, total, unused)
-    for i in range(PANEL):  # tiles of one block share their maximum
-        top[i] = max(top[i], slots.mass[tile * groups * PANEL + i])
+    slots.state[BLOCK] = LOWEST
+    if groups > 1 or end - first > KEYS:
+        slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = LOWEST
+    if end - first <= KEYS:  # tiles of one block share their maximum
+        _score(k, k_first, see, batch, first, end - first, whole, rule, q_at, slots, dim)
+        full = (end - first) // see.key_tile
+        if full:
+            tile_totals(slots.scores.ctypes.data, see.key_tile, full, here, mass, groups * PANEL, total)
+        if first + full * see.key_tile < end:  # a shorter last tile
+            rest, at = end - first - full * see.key_tile, address(slots.scores, full * see.key_tile)
+            tile_totals(at, rest, 1, here, mass + full * groups * PANEL * 4, 0, total + full * PANEL * 4)
+    else:
+        slots.weight[tile * PANEL : (tile + 1) * PANEL] = 0
+        for key in range(first, end, KEYS):
+            keys = min(KEYS, end - key)
+            _score(k, k_first, see, batch, key, keys, whole, rule, q_at, slots, dim)
+            simd.soften(slots.scores.ctypes.data, keys, mass, here, total, address(slots.state, UNREAD))
+    for i in range(PANEL):
+        top[i] = max(top[i], slots.state[BLOCK, i])
+
+
+@jit
+def _score(
+    k: Matrix, k_first: int, see: Rows, batch: int, key: int, keys: int, whole: bool, rule: Rule, q_at: int,
+    slots: Slots, dim: int,
+) -> None:  # fmt: skip
+    """Base-2 scores of the `keys` keys from `key` on, `KEYS` at most; raises the maximum in `slots.state`."""
+    here, unused, scores = address(slots.state, BLOCK), address(slots.state, UNREAD), slots.scores.ctypes.data
+    k_at = load(k, k_first + key, keys, slots.scratch).ctypes.data
+    if whole and not rule.capped:
+        simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here)
+        return
+    simd.scores(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, 0)
+    if rule.capped:
+        simd.cap_scores(scores, keys, here if whole else unused, rule.inner, rule.outer)
+    if not whole:
+        _hide(see, batch, key, keys, slots, scores, here)
 
 
 @jit
@@ -154,7 +174,7 @@ def predict_tiles(
 ) -> None:  # fmt: skip
     """Base-2 log masses of every summary of `count` tiles; `base` is the head's first summary."""
     one, log2e = np.float32(1), np.float32(1 / math.log(2))
-    top, spreads = address(slots.state, 4 if whole else 3), slots.spreads.ctypes.data
+    top, spreads = address(slots.state, LARGEST if whole else UNREAD), slots.spreads.ctypes.data
     slots.weighted[tile : tile + count] = not whole
     for place in range(tile * summary.groups, (tile + count) * summary.groups, KEYS):
         groups = min(KEYS, (tile + count) * summary.groups - place)
@@ -187,32 +207,35 @@ def _weigh(see: Rows, batch: int, tile: int, groups: int, slots: Slots) -> None:
         for place in range(tile * groups * PANEL + i, (tile + 1) * groups * PANEL, PANEL):
             if seen == 0:
                 slots.mass[place] = LOWEST
-            slots.state[4, i] = max(slots.state[4, i], slots.mass[place])
+            slots.state[LARGEST, i] = max(slots.state[LARGEST, i], slots.mass[place])
 
 
 @jit
 def totals(slots: Slots, low: int, high: int, groups: int) -> None:
     """From log masses to masses relative to the row's largest, a tile's in its first slot, and their totals."""
     mass, state = slots.mass, slots.state
-    top, total, unused, spare = address(state, 4), address(state, 1), address(state, 2), address(state, 3)
-    state[1] = 0
+    top, total, unread, factor = (
+        address(state, LARGEST),
+        address(state, TOTAL),
+        address(state, UNREAD),
+        address(state, BLOCK),
+    )
+    state[TOTAL] = 0
     tile = low
     while tile < high:
         after, weighted = tile + 1, slots.weighted[tile]
         while after < high and slots.weighted[after] == weighted:
             after += 1
         simd.soften(
-            address(mass, tile * groups), (after - tile) * groups, top, top, spare if weighted else total, unused
+            address(mass, tile * groups), (after - tile) * groups, top, top, unread if weighted else total, factor
         )
         for t in range(tile, after):
             at = t * groups * PANEL
             for slot in range(1, groups):
                 for i in range(PANEL):
                     mass[at + i] += mass[at + slot * PANEL + i]
-            if weighted:
-                for i in range(PANEL):
-                    mass[at + i] *= slots.weight[t * PANEL + i]
-                    state[1, i] += mass[at + i]
+        if weighted:
+            weigh_tiles(address(mass, tile * groups), groups * PANEL, after - tile, address(slots.weight, tile), total)
         tile = after
 
 

@@ -69,6 +69,19 @@ def dense_attention(
     return DenseResult(output, lse, weights if need_weights else None)
 
 
+def kind_for_sdpa(
+    q: Tensor, k: Tensor, mask: AttentionMask | Tensor | None, is_causal: bool, extras: Extras
+) -> str | None:
+    """The `IntervalMask.kind` where one call of SDPA without a mask tensor is all of a call of several queries."""
+    if extras.softcap is not None or extras.sinks is not None or extras.bias is not None or q.shape[2] == 1:
+        return None
+    if mask is None:
+        return "full" if not is_causal else "causal" if q.shape[2] == k.shape[2] else None
+    if is_causal or not isinstance(mask, IntervalMask) or mask.batch > 1:
+        return None
+    return mask.kind if (mask.queries, mask.keys) == (q.shape[2], k.shape[2]) else None
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
     if isinstance(mask, IntervalMask) and mask.kind is not None:
         return grouped_sdpa(q, k, v, None, scale, dropout, is_causal=mask.kind == "causal")

@@ -48,9 +48,15 @@ _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 def costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
     """Costs of a call: measured for its dtype and the nearest head dimension, else the defaults."""
-    known = [entry for entry in measured() if entry["device"] == device.type and entry["dtype"] == _name(dtype)]
-    if not known or (device.type == "cpu" and dtype == torch.float64):
-        return DEFAULTS[device.type] if device.type in DEFAULTS and dtype != torch.float64 else _GATHER
+    measured()  # forgets the cached costs when it reads the file again
+    return _costs(device.type, dtype, head_dim)
+
+
+@lru_cache(maxsize=64)
+def _costs(device: str, dtype: torch.dtype, head_dim: int) -> Costs:
+    known = [entry for entry in measured() if entry["device"] == device and entry["dtype"] == _name(dtype)]
+    if not known or (device == "cpu" and dtype == torch.float64):
+        return DEFAULTS[device] if device in DEFAULTS and dtype != torch.float64 else _GATHER
     nearest = min(known, key=lambda entry: abs(entry["head_dim"] - head_dim))
     return Costs(nearest["forward"], nearest["backward"], nearest["shortest"])
 
@@ -123,6 +129,7 @@ def machine() -> dict[str, str | int]:
 @lru_cache(maxsize=1)
 def measured() -> list[dict[str, Any]]:
     """The entries of this machine's profile; none when there is no usable one."""
+    _costs.cache_clear()
     if os.environ.get("AAT_PROFILE", "").lower() == "none":
         return []
     path = profile_path()

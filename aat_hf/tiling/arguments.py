@@ -17,21 +17,26 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} is {type(x).__name__}: must be a torch.Tensor")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} has dtype {x.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be (batch, heads, length, head_dim)")
-        if min(x.shape) == 0:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: no dimension may be 0")
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} has shape {tuple(shape)}: must be (batch, heads, length, head_dim)")
+        if 0 in shape:
+            raise ValueError(f"{name} has shape {tuple(shape)}: no dimension may be 0")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"dtypes of q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: must be equal")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: must be one device")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{shapes}: batch, and the kv_heads and keys of k and v, must be equal")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{shapes}: heads must be a multiple of kv_heads")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes}: q and k must have the same head_dim")
+    misfit = _misfit(q.shape, k.shape, v.shape)
+    if misfit is not None:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {misfit}")
+
+
+def _misfit(q: torch.Size, k: torch.Size, v: torch.Size) -> str | None:
+    if q[0] != k[0] or k[:3] != v[:3]:
+        return "batch, and the kv_heads and keys of k and v, must be equal"
+    if q[1] % k[1]:
+        return "heads must be a multiple of kv_heads"
+    return "q and k must have the same head_dim" if q[3] != k[3] else None
 
 
 def as_mask(

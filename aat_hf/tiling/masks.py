@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,19 @@ class AttentionMask(ABC):
     @abstractmethod
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Boolean tensor of the broadcast shape of the four index tensors."""
+
+    def alike(self, b: Tensor, q: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Which of some blocks of pairs have the same mask inside; a rule of single heads or unknown: none.
+
+        Args:
+            b: (blocks,) int64, batch row; q: (blocks, rows) int64, queries.
+            start: (blocks,) int64, first of its `width` keys; those beyond the last key do not count.
+
+        Returns:
+            one block of each kind (kinds,) and the kind of each block (blocks,), int64.
+        """
+        every = torch.arange(len(b), device=b.device)
+        return every, every
 
     def rows(self, rows: Tensor) -> Tensor:
         """The mask of the query `rows` (R,) against all keys: bool (batch or 1, heads or 1, R, keys)."""
@@ -114,6 +128,16 @@ class IntervalMask(AttentionMask):
         first, last = self.first[row, q], self.last[_batch_index(b, self.last), q]
         inside = (k >= first) & (k < last)
         return inside if self.key_valid is None else inside & self.key_valid[_batch_index(b, self.key_valid), k]
+
+    def alike(self, b: Tensor, q: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """See `AttentionMask.alike`: blocks whose rows see the same keys, counted from their first one."""
+        b, place = b[:, None], start[:, None]
+        first, last = self.first[_batch_index(b, self.first), q], self.last[_batch_index(b, self.last), q]
+        parts = [(edge - place).clamp(0, width) for edge in (first, last)]
+        if self.key_valid is not None:
+            key = (place + torch.arange(width, device=place.device)).clamp(max=self.keys - 1)
+            parts.append(self.key_valid[_batch_index(b, self.key_valid), key])
+        return _distinct(torch.cat([part.to(torch.int16) for part in parts], 1))
 
     def key_range(self, rows: Tensor) -> tuple[int, int]:
         """See `AttentionMask.key_range`."""
@@ -236,6 +260,14 @@ def causal_mask(
 
 def _batch_index(b: Tensor, owner: Tensor) -> Tensor:
     return b if owner.shape[0] > 1 else torch.zeros_like(b)
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One index of each kind of row (kinds,), and the kind of each of `rows` (n, columns): int64."""
+    table = rows.cpu().numpy()
+    bits = table.view(np.dtype((np.void, table.shape[1] * table.itemsize)))[:, 0]
+    _, example, kind = np.unique(bits, return_index=True, return_inverse=True)
+    return torch.from_numpy(example).to(rows.device), torch.from_numpy(kind).to(rows.device)
 
 
 def _tile_sizes(length: int, tile: int, device: torch.device) -> Tensor:

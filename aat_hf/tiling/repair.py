@@ -58,7 +58,8 @@ def _again(
     mass: Tensor, forced: Tensor, states: Tensor, tolerance: Tensor, max_kept: float, free: Tensor | None, heads: Tensor
 ) -> Tensor:
     """Tiles of the `heads` (batch, heads) bool alone: (M, query_tiles, key_tiles)."""
-    forced, states = (x.expand_as(mass)[heads][None] for x in (forced, states))
+    if forced.shape[:2] != (1, 1):
+        forced, states = (x.expand_as(mass)[heads][None] for x in (forced, states))
     free = None if free is None else free[heads][None]
     return select_tiles(mass[heads][None], forced, states, tolerance[heads][None], max_kept, free)[0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +53,8 @@ class Scene:
 Selector = Callable[[Scene], Tensor]
 """Estimated mean tile mass of the rows of each query tile: Scene -> (batch, heads, query_tiles, key_tiles)."""
 
+UNITS = 2.0**40  # masses are rounded up to multiples of 1 / UNITS, so that sums are exact: the same in any order
+
 
 def select_tiles(
     mass: Tensor,
@@ -66,9 +67,9 @@ def select_tiles(
     """Drop the smallest tiles as long as the estimated mass dropped is <= tolerance, per head and query tile.
 
     Args:
-        mass: (batch, heads, query_tiles, key_tiles) estimated Born probabilities; NaN counts as kept.
-        forced: bool, broadcastable to `mass`: always kept.
-        states: broadcastable to `mass`; NONE tiles are never kept.
+        mass: (batch, heads, query_tiles, key_tiles) estimated Born probabilities; NaN counts as 1.
+        forced: bool (batch or 1, heads or 1, query_tiles, key_tiles): always kept.
+        states: uint8, shape as `forced`; NONE tiles are never kept.
         tolerance: (batch, heads) infidelity accepted.
         max_kept: query tiles that would keep a larger fraction keep all.
         free_mass: (batch, heads, query_tiles) probability that no tile holds (attention sinks), always kept.
@@ -76,21 +77,25 @@ def select_tiles(
     Returns:
         bool (batch, heads, query_tiles, key_tiles).
     """
+    if mass.device.type == "cpu" and mass.dtype == torch.float32:
+        from aat_hf.kernels.cpu_choose import choose_tiles  # numba, loaded when needed
+
+        return choose_tiles(mass, forced, states, tolerance, max_kept, free_mass, UNITS)
+    return _select_tiles(mass, forced, states, tolerance, max_kept, free_mass)
+
+
+def _select_tiles(
+    mass: Tensor, forced: Tensor, states: Tensor, tolerance: Tensor, max_kept: float, free_mass: Tensor | None = None
+) -> Tensor:
+    """`select_tiles` in PyTorch, on any device."""
     visible = states != NONE
-    spare = mass.nan_to_num(nan=1.0).clamp_(min=0).masked_fill_(~visible, 0.0)
-    whole = spare.sum(-1, dtype=torch.float64) + (0 if free_mass is None else free_mass)
-    ranked = _ascending(spare.masked_fill_(forced, 0.0))
+    spare = mass.nan_to_num(nan=1.0).clamp_(0, 1).mul_(UNITS).ceil_().masked_fill_(~visible, 0.0)
+    whole = spare.sum(-1, dtype=torch.float64) + (0 if free_mass is None else free_mass.double() * UNITS)
+    ranked = spare.masked_fill_(forced, 0.0).sort(dim=-1).values
     dropped = ranked.cumsum(-1, dtype=torch.float64) <= (tolerance[..., None] * whole)[..., None]
     first_kept = dropped.sum(-1, keepdim=True)
     threshold = ranked.gather(-1, first_kept.clamp(max=ranked.shape[-1] - 1))
     threshold = threshold.masked_fill_(first_kept == ranked.shape[-1], float("inf"))
     kept = (spare >= threshold).logical_or_(forced).logical_and_(visible)  # of equal tiles all or none
-    crowded = kept.sum(-1, keepdim=True) > max_kept * visible.sum(-1, keepdim=True)
+    crowded = kept.sum(-1, keepdim=True) > max_kept * visible.sum(-1, keepdim=True, dtype=torch.float64)
     return torch.where(crowded, visible, kept)
-
-
-def _ascending(x: Tensor) -> Tensor:
-    """Sorted along the last dimension."""
-    if x.device.type == "cpu":  # numpy's sort uses vectors, torch's does not
-        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
-    return x.sort(dim=-1).values

@@ -100,7 +100,24 @@ def test_strided_inputs():
 def test_mask_tiles_are_shared_and_linear():
     mask = causal_mask(4096, 4096, CPU)
     tiles = lower_tiles(TileMap.dense(mask, 2, 8, 64, 64), mask)
-    assert tiles.masks.shape[0] == 64  # one per diagonal tile, not per head or batch row
+    assert tiles.masks.shape[0] == 1  # the diagonal tiles of all heads and batch rows are alike
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("query_tile", "key_tile"), [(64, 16), (16, 48)])
+def test_lowered_masks_are_the_mask(name, query_tile, key_tile):
+    """Tiles that share an evaluation must see the same: every cut tile is compared with the mask itself."""
+    queries, keys = 200, 230
+    mask = masks(2, 4, queries, keys)[name]
+    tile_map = TileMap.dense(mask, 2, 4, query_tile, key_tile)
+    lowered = lower_tiles(tile_map, mask)
+    allowed = mask.rows(torch.arange(queries)).expand(2, 4, -1, -1).flatten(0, 1)
+    query_tiles = tile_map.shape[2]
+    for row, column, cut in zip(tile_map.rows, lowered.columns, lowered.cuts, strict=True):
+        head, first = int(row) // query_tiles, int(row) % query_tiles * query_tile
+        wanted = allowed[head, first : first + query_tile, int(column) * key_tile : (int(column) + 1) * key_tile]
+        found = lowered.masks[cut, : wanted.shape[1], : wanted.shape[0]].bool().T if cut >= 0 else torch.tensor(True)
+        assert torch.equal(found.expand_as(wanted), wanted)
 
 
 def operator_arguments(softcap=None):
