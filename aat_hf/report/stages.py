@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+_UNTIMED = nullcontext()
 timing = False
 """Whether stages are timed (on CUDA that synchronises); `aat_hf.record` turns it on."""
 
@@ -19,12 +20,12 @@ class Stages:
         self._cuda = device.type == "cuda"
         self._times: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> AbstractContextManager[None]:
         """Time the block under `name`."""
-        if not timing:
-            yield
-            return
+        return self._timed(name) if timing else _UNTIMED
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         start = self._now()
         try:
             yield
