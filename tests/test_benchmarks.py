@@ -40,9 +40,15 @@ def test_on_a_model(tiny, tmp_path, capsys, command, shown, lines):
 
 def test_kernels_are_drawn_against_density(tmp_path, capsys):
     picture = tmp_path / "kernels.svg"
-    command = ["bench", "attention", "--lengths", "300", "--densities", "1", "0.5", "--heads", "1", "--kv-heads", "1"]
+    command = ["bench", "attention", "--lengths", "300", "--densities", "1", "0.5", "--heads", "2"]
     assert cli.main([*command, "--head-dim", "16", "--rounds", "1", "--plot", str(picture)]) == 0
     assert "density" in picture.read_text()
+
+
+def test_heads_that_cannot_share_keys_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "attention", "--heads", "16", "--kv-heads", "9"])
+    assert "--heads 16: must be a multiple of --kv-heads 9" in capsys.readouterr().err
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_work(tmp_path, monkeypatch, capsys):

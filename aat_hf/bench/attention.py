@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1])
     parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--kv-heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, help="that the heads share (one each)")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument(
@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write a CSV to this file")
     _plots.add_option(parser, "time against density, or of the whole against length")
     args = parser.parse_args(argv)
+    args.kv_heads = args.kv_heads or args.heads
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads {args.heads}: must be a multiple of --kv-heads {args.kv_heads}")
     if args.backend == "auto" and args.model is None:
         parser.error("--backend auto chooses for the calls of a --model")
     _plots.check(args)
