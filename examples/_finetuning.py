@@ -139,7 +139,8 @@ def train(
     model = make(attention)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", args.tokens)
     if args.tokens > positions:
-        sys.exit(f"{args.model} has {positions} positions: give at most as many --tokens, not {args.tokens}")
+        name = args.model or "the new model"
+        sys.exit(f"{name} has {positions} positions: give at most as many --tokens, not {args.tokens}")
     aat_hf.configure(model, tolerance=args.tolerance, backend=args.backend)
     times = StepTimes()
     trainer = tf.Trainer(
