@@ -50,7 +50,7 @@ def test_tables(one, tmp_path, capsys):
         "| matmul | 16² |",
     ):
         assert line in shown
-    assert shown.count("| 64 | 1.000 |") == 2 and "| 64 | 2 |" in shown and "| copy in ms |" in shown
+    assert shown.count("| 64 | 1.000 |") == 2 and "| 64 | 4 |" in shown and "| copy in ms |" in shown
     assert out.read_text().count("\n") == 2
 
 
