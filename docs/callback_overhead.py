@@ -21,10 +21,11 @@ import transformers as tf
 
 import aat_hf
 from aat_hf.bench._common import environment
+from aat_hf.config import BACKENDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # where the training scripts are
 
-from _finetuning import parser_of
+from _finetuning import check_length, learning_rate_of, training_parser
 from _texts import read_texts, rows_of, tokenizer_of
 from finetune_gpt2 import load, new
 
@@ -63,8 +64,9 @@ class Blocks(tf.TrainerCallback):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and print what was measured."""
-    parser = parser_of(__doc__)
-    parser.set_defaults(layers=4, steps=440)
+    parser = training_parser(__doc__)
+    parser.set_defaults(layers=4, steps=440, held_out_rows=0)  # nothing is evaluated
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="that trains (auto: tiled where faster)")
     parser.add_argument("--logging-steps", type=int, default=10, help="steps of a block (10)")
     args = parser.parse_args(argv)
     blocks = run(args)
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> Blocks:
     rows = rows_of(texts, tokenizer, args, pack=True)
     tf.set_seed(args.seed)
     model = load(args.model, "aat") if args.model else new(args, tokenizer, "aat")
+    check_length(args, model)
     aat_hf.configure(model, tolerance=args.tolerance, backend=args.backend, min_length=0)
     callback = aat_hf.AATCallback()
     blocks = Blocks(callback)
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> Blocks:
             output_dir=scratch,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch,
-            learning_rate=args.learning_rate or 1e-3,
+            learning_rate=learning_rate_of(args),
             logging_steps=args.logging_steps,
             report_to=[],
             save_strategy="no",

@@ -20,6 +20,7 @@ import aat_hf
 from aat_hf.config import BACKENDS
 
 WEIGHTS = ("float32", "bfloat16", "float16")
+CONTINUED_LEARNING_RATE = 5e-5  # from a checkpoint
 LOADERS = 4  # processes that make batches while an accelerator trains
 
 
@@ -63,34 +64,43 @@ class StepTimes(tf.TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The options that the examples share."""
+def training_parser(description: str | None, *, learning_rate: float = 1e-3) -> argparse.ArgumentParser:
+    """The options of every script that trains; `learning_rate` is the default of a new model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(new_learning_rate=learning_rate)
     parser.add_argument("--model", help="checkpoint to go on from (a small new model)")
     parser.add_argument("--text", default="code", help=f"{', '.join(LICENCES)} or a UTF-8 file (code)")
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of a row (4096)")
-    parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
-    parser.add_argument(
-        "--exact-steps", type=int, default=0, help="of them exact, at first: new heads look everywhere (0)"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="rows in a step (1)")
-    parser.add_argument("--learning-rate", type=float, help="highest one (1e-3; from a checkpoint 5e-5)")
-    parser.add_argument("--tolerance", type=float, default=0.05)
-    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="that trains (auto: tiled where faster)")
-    parser.add_argument("--held-out-rows", type=int, default=4, help="rows in the evaluation (4)")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a row (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="rows in a step (%(default)s)")
+    rates = f"{learning_rate:g}; from a checkpoint {CONTINUED_LEARNING_RATE:g}"
+    parser.add_argument("--learning-rate", type=float, help=f"highest one ({rates})")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="probability that may be lost (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", action="store_true", help="also train the dense twin from the same seed")
-    parser.add_argument("--output", type=Path, help="folder for the model, its tokenizer and its log")
-    parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="as which they are saved (float32)")
     parser.add_argument(
-        "--characters", type=int, default=CODE_CHARACTERS, help=f"of --text code ({CODE_CHARACTERS}), whole modules"
+        "--characters", type=int, default=CODE_CHARACTERS, help="of --text code (%(default)s), whole modules"
     )
     sizes = parser.add_argument_group("size of a new model")
-    sizes.add_argument("--layers", type=int, default=2)
-    sizes.add_argument("--width", type=int, default=128)
-    sizes.add_argument("--heads", type=int, default=2)
-    sizes.add_argument("--vocabulary", type=int, default=2048)
+    for name, default in (("layers", 2), ("width", 128), ("heads", 2), ("vocabulary", 2048)):
+        sizes.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+    return parser
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that the fine-tuning examples share."""
+    parser = training_parser(description)
+    parser.add_argument(
+        "--exact-steps",
+        type=int,
+        default=0,
+        help="how many are exact first: new heads look everywhere (%(default)s)",
+    )
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="that trains (auto: tiled where faster)")
+    parser.add_argument("--held-out-rows", type=int, default=4, help="rows in the evaluation (%(default)s)")
+    parser.add_argument("--compare", action="store_true", help="also train the dense twin from the same seed")
+    parser.add_argument("--output", type=Path, help="folder for the model, its tokenizer and its log")
+    parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="as which they are saved (%(default)s)")
     return parser
 
 
@@ -137,10 +147,7 @@ def train(
     """
     tf.set_seed(args.seed)
     model = make(attention)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", args.tokens)
-    if args.tokens > positions:
-        name = args.model or "the new model"
-        sys.exit(f"{name} has {positions} positions: give at most as many --tokens, not {args.tokens}")
+    check_length(args, model)
     aat_hf.configure(model, tolerance=args.tolerance, backend=args.backend)
     times = StepTimes()
     trainer = tf.Trainer(
@@ -159,6 +166,19 @@ def train(
     held_out = trainer.evaluate()["eval_loss"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(trainer, losses[0], losses[-1], held_out, step_ms)
+
+
+def check_length(args: argparse.Namespace, model: tf.PreTrainedModel) -> None:
+    """End the process when a row has more tokens than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", args.tokens)
+    if args.tokens > positions:
+        name = args.model or "the new model"
+        sys.exit(f"{name} has {positions} positions: give at most as many --tokens, not {args.tokens}")
+
+
+def learning_rate_of(args: argparse.Namespace) -> float:
+    """The highest one: as given, or the default of a new model or of a checkpoint."""
+    return float(args.learning_rate or (CONTINUED_LEARNING_RATE if args.model else args.new_learning_rate))
 
 
 def callback(args: argparse.Namespace) -> aat_hf.AATCallback:
@@ -213,7 +233,7 @@ def _arguments(args: argparse.Namespace, attention: str) -> tf.TrainingArguments
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=1,
-        learning_rate=args.learning_rate or (5e-5 if args.model else 1e-3),
+        learning_rate=learning_rate_of(args),
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
         bf16=accelerated,

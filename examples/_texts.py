@@ -13,7 +13,15 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from aat_hf.data import austen, encode_dataset, load_wikitext, package_sources, read_text, stdlib_source
+from aat_hf.data import (
+    ModelUnavailableError,
+    austen,
+    encode_dataset,
+    load_wikitext,
+    package_sources,
+    read_text,
+    stdlib_source,
+)
 from aat_hf.data.wikitext import NAMES
 
 PACKAGES = ("networkx", "numpy", "sympy", "torch", "transformers")  # what an installation brings along
@@ -60,9 +68,18 @@ def read_texts(name: str, path: Path | None = None, characters: int = CODE_CHARA
 
 
 def tokenizer_of(args: argparse.Namespace, texts: Texts) -> Any:
-    """The checkpoint's tokenizer, or byte-level BPE (arXiv:1909.03341) trained on the text."""
+    """The checkpoint's tokenizer, or byte-level BPE (arXiv:1909.03341) trained on the text.
+
+    Raises:
+        ModelUnavailableError: The checkpoint's tokenizer cannot be loaded.
+    """
     if args.model:
-        return tf.AutoTokenizer.from_pretrained(args.model)
+        try:
+            return tf.AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            remedy = "give a folder with a model and its tokenizer, or a name on the Hub that can be reached"
+            raise ModelUnavailableError(f"cannot load {args.model} ({first}): {remedy}") from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

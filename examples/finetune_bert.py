@@ -1,6 +1,6 @@
 """Fine-tune a masked language model with tiled attention, and its dense twin beside it.
 
-    pip install 'aat-hf[demo,train]'
+    pip install -e '.[demo,train]'
     python examples/finetune_bert.py --compare
     python examples/finetune_bert.py --text wikitext-2-raw-v1 --model google-bert/bert-base-uncased --tokens 512
     python examples/finetune_bert.py --evaluate 0.1 0.05 0.02 --output out
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from _errors import explained
 from _finetuning import Outcome, finetune, parse, parser_of
 from _texts import read_texts, tokenizer_of
 from tokenizers import processors
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         measured = evaluate(aat, args.evaluate, args.seed)
         for row in measured:
-            print("{attention:<12} loss {loss:.4f}   density {density:.3f}   infidelity {lost:.4f}".format(**row))
+            lost = "0: nothing was tiled" if math.isnan(row["lost"]) else f"{row['lost']:.4f}"
+            print("{attention:<12} loss {loss:.4f}   density {density:.3f}".format(**row) + f"   infidelity {lost}")
         if args.output is not None:
             write(args.output / "eval" / "masked.csv", measured)
 
@@ -115,4 +117,5 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

@@ -1,6 +1,6 @@
 """Fine-tune a causal language model with tiled attention, and its dense twin beside it.
 
-    pip install 'aat-hf[demo,train]'
+    pip install -e '.[demo,train]'
     python examples/finetune_gpt2.py --compare
     python examples/finetune_gpt2.py --text wikitext-2-raw-v1 --model openai-community/gpt2 --tokens 1024 --output out
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from _errors import explained
 from _finetuning import finetune, parse, parser_of
 from _texts import read_texts, tokenizer_of
 
@@ -56,4 +57,5 @@ def load(name: str, attention: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

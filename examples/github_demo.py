@@ -1,6 +1,6 @@
 """A git checkout to packed sequences of code, and a language model's loss on them, dense and tiled.
 
-    pip install 'aat-hf[demo,train]'
+    pip install -e '.[demo,train]'
     python examples/github_demo.py
     python examples/github_demo.py ~/src/project another/folder --tokens 8192 --any-license
     python examples/github_demo.py codeparrot/codeparrot-clean-valid
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _errors import explained
 
 import aat_hf
 from aat_hf.data import CodeFilters, encode_dataset, load_github
@@ -60,4 +61,5 @@ def loss_of(model: Any, row: dict[str, torch.Tensor], implementation: str) -> fl
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

@@ -1,8 +1,8 @@
 """Generate after a long prompt and see the tokens as they come, with the metrics live.
 
-    pip install 'aat-hf[demo]'
+    pip install -e '.[demo]'
     python examples/streaming_generation.py
-    python examples/streaming_generation.py --text book.txt --tokens 8192 --new-tokens 200 --tolerance 0.05
+    python examples/streaming_generation.py --text book.txt --tokens 7000 --new-tokens 200 --tolerance 0.05
 
 The text goes to stdout, the metrics to stderr. The prompt runs tiled, each new token exactly.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _errors import explained
 from transformers import TextStreamer
 
 import aat_hf
@@ -95,4 +96,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

@@ -1,6 +1,6 @@
 """Train a GPT-2 with tiled attention and its dense twin, and draw what TensorBoard's event files hold of both.
 
-    pip install 'aat-hf[train,viz]'
+    pip install -e '.[train,viz]'
     python examples/training_picture.py
     python examples/training_picture.py --model CHECKPOINT --start 0.2 --tolerance 0.05 --picture finetuning.png
 
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers as tf
-from _finetuning import parser_of
+from _errors import explained
+from _finetuning import check_length, learning_rate_of, training_parser
 from _texts import Texts, read_texts, rows_of, tokenizer_of
 from finetune_gpt2 import load, new
 from matplotlib.figure import Figure
@@ -52,8 +53,10 @@ class Curve:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
-    parser.set_defaults(layers=4, tokens=2048, steps=200, tolerance=0.3, learning_rate=2e-3, held_out_rows=8)
+    parser = training_parser(__doc__, learning_rate=2e-3)
+    parser.set_defaults(layers=4, tokens=2048, steps=200, tolerance=0.3)
+    parser.add_argument("--held-out-rows", type=int, default=8, help="rows in the evaluation (%(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for the event files (a temporary one)")
     parser.add_argument("--start", type=float, default=0.5, help="first tolerance; a cosine leads to the last (0.5)")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="the PNG (docs/images/training.png)")
     args = parser.parse_args(argv)
@@ -72,6 +75,7 @@ def train(args: argparse.Namespace, attention: str, rows: Texts, tokenizer: Any,
     """Train from the seed with one attention implementation: the curves of the event file, by tag."""
     tf.set_seed(args.seed)
     model = load(args.model, attention) if args.model else new(args, tokenizer, attention)
+    check_length(args, model)
     aat_hf.configure(model, **SETTINGS)
     callback = aat_hf.AATCallback(tolerance=args.tolerance, start=args.start, schedule="cosine")
     arguments = tf.TrainingArguments(
@@ -79,7 +83,7 @@ def train(args: argparse.Namespace, attention: str, rows: Texts, tokenizer: Any,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=1,
-        learning_rate=args.learning_rate,
+        learning_rate=learning_rate_of(args),
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
         logging_steps=LOGGED,
@@ -154,4 +158,5 @@ def show(args: argparse.Namespace, aat: dict[str, Curve], dense: dict[str, Curve
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

@@ -1,6 +1,6 @@
 """WikiText through a language model, with dense and with tiled attention: perplexity by position, density, loss.
 
-    pip install 'aat-hf[demo,train]'
+    pip install -e '.[demo,train]'
     python examples/wikitext_demo.py
     python examples/wikitext_demo.py --path FOLDER_WITH_WIKITEXT --tokens 8192 --tolerance 0.05
 
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from _errors import explained
 
 from aat_hf.data import DatasetUnavailableError, load_wikitext
 from aat_hf.data.progress import notice
@@ -83,4 +85,5 @@ def _joined(articles: Any, characters: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with explained():
+        main()

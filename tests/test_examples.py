@@ -16,6 +16,7 @@ from tiny_model import save_tiny
 from transformers.models.distilbert.modeling_distilbert import create_sinusoidal_embeddings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+CALLBACK_OVERHEAD = "../docs/callback_overhead.py"
 TINY = [
     "--tokens=320", "--steps=4", "--layers=1", "--width=32", "--heads=2", "--vocabulary=300", "--held-out-rows=2",
 ]  # fmt: skip
@@ -28,7 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, caches of its own, and settings with which short texts are tiled."""
+    """No network, caches of its own, settings with which short texts are tiled, and the scripts' shared modules."""
+    monkeypatch.syspath_prepend(EXAMPLES)
     datasets, evaluate = pytest.importorskip("datasets"), pytest.importorskip("evaluate")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -46,12 +48,17 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The arguments of a tiny training on a text of this machine, where the scripts' shared module is found."""
+def training(tmp_path: Path) -> list[str]:
+    """The arguments of a tiny training on a text of this machine."""
     pytest.importorskip("accelerate")
-    monkeypatch.syspath_prepend(EXAMPLES)
     (tmp_path / "text.txt").write_text("".join(f"Line {number} has {number**2} letters.\n" for number in range(800)))
     return [*TINY, "--text", str(tmp_path / "text.txt")]
+
+
+@pytest.fixture
+def shared(training: list[str]) -> list[str]:
+    """Those of `training` that every script that trains has."""
+    return [one for one in training if "held-out" not in one]
 
 
 def run(name: str, *arguments: str) -> None:
@@ -192,13 +199,37 @@ def test_the_training_picture_is_drawn_from_event_files(training: list[str], tmp
     assert max(density) < 1 and density[0] == pytest.approx(curves["train/aat_density"].start, abs=1e-4)
 
 
+def test_what_the_callback_costs(shared: list[str], capsys: pytest.CaptureFixture[str]):
+    run(CALLBACK_OVERHEAD, *shared, "--steps", "12", "--logging-steps", "2", "--backend", "gather")
+    shown = capsys.readouterr().out
+    assert "320 tokens a step, a log every 2 steps" in shown and "median of 1 blocks" in shown
+    assert min(numbers(shown, "with / without")) > 0
+    with pytest.raises(SystemExit, match="give more --steps than 12"):
+        run(CALLBACK_OVERHEAD, *shared, "--steps", "10", "--logging-steps", "2")
+
+
+@pytest.mark.parametrize("name", ["training_picture.py", CALLBACK_OVERHEAD])
+def test_trainings_offer_only_what_they_use(name: str, shared: list[str], capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="2"):
+        run(name, *shared, "--exact-steps", "3", "--compare")
+    assert "unrecognized arguments: --exact-steps 3 --compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["training_picture.py", CALLBACK_OVERHEAD])
+def test_trainings_refuse_rows_longer_than_the_model(name: str, training: list[str], shared: list[str], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    run("finetune_gpt2.py", *training, "--output", str(tmp_path / "short"), "--steps", "1")
+    with pytest.raises(SystemExit, match="short has 320 positions: give at most as many --tokens"):
+        run(name, *shared, "--model", str(tmp_path / "short"), "--tokens", "400")
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("[!_]*.py")), ids=lambda path: path.name)
 def test_headers_give_the_command(path: Path):
     assert f"python examples/{path.name}" in path.read_text("utf-8").split('"""')[1]
 
 
-def test_a_new_bert_starts_from_sinusoids(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+def test_a_new_bert_starts_from_sinusoids():
     weight = torch.empty(300, 32)
     runpy.run_path(str(EXAMPLES / "finetune_bert.py"))["start_from_sinusoids"](weight, 0.02)
     expected = create_sinusoidal_embeddings(*weight.shape, torch.empty(300, 32))
