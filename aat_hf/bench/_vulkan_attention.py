@@ -21,14 +21,13 @@ from aat_hf.bench._common import markdown_table
 from aat_hf.bench._inputs import random_map
 from aat_hf.bench._timing import interleaved
 from aat_hf.bench.attention import _checked
-from aat_hf.kernels.cpu import lower_tiles
 from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import AttentionMask, causal_mask
 from aat_hf.tiling.tile_map import EXACT, TileMap
 from aat_hf.vulkan import attention, lowering, profile
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.interface import Dispatch, Provider
-from aat_hf.vulkan.lowering import TileList, vectors
+from aat_hf.vulkan.lowering import vectors
 from aat_hf.vulkan.workspace import Workspace, pool_of
 
 _REPEATS = 10  # dispatches of the submission that tells the time of the shader
@@ -128,7 +127,8 @@ def _parts(
     q, k, v = inputs
     width = vectors(q.shape[3])
     shape = profile.shape(provider.device, "forward", width, width, tile_map.query_tile)
-    call = _lowered(tile_map, mask, q.shape[3] ** -0.5)
+    call = Call.of(tile_map, mask, q.shape[3] ** -0.5)
+    target = torch.empty(*q.shape[:3], v.shape[3])
     with Workspace(provider) as work:
         dispatch = attention.forward_dispatch(work, provider, q, k, v, call, shape)
         sent, (output, rows, word) = dispatch.buffers[:4], dispatch.buffers[4:]
@@ -139,19 +139,14 @@ def _parts(
                 lowering.write_rows(buffer, x)
 
         steps: dict[str, Callable[[], Any]] = {
-            "lower": lambda: lowering.by_rows(_lowered(tile_map, mask, call.scale).joined.tiles, tile_map.query_tile),
+            "lower": lambda: lowering.by_rows(Call.of(tile_map, mask, 1.0).joined.tiles, tile_map.query_tile),
             "copy_in": copy_in,
             "upload": partial(provider.submit, [], upload=sent),
             "kernel": partial(provider.submit, independent(work, dispatch, 4, _REPEATS)),
             "download": partial(provider.submit, [], download=(output, rows)),
-            "copy_out": partial(attention.read_forward, dispatch, q, v, call, shape),
+            "copy_out": partial(attention.read_forward, dispatch, call, shape, target),
             "latency": partial(provider.submit, [], download=(word,)),
         }
         seconds = {name: timing.median for name, timing in interleaved(steps, rounds).items()}
     seconds["kernel"] /= _REPEATS
     return seconds
-
-
-def _lowered(tile_map: TileMap, mask: AttentionMask, scale: float) -> Call:
-    tiles = TileList(*lower_tiles(tile_map, mask))
-    return Call(tiles, tile_map.shape, tile_map.query_tile, tile_map.key_tile, scale)

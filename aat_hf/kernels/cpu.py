@@ -11,31 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.kernels import cpu_backward, cpu_forward
-from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Numbers, Rule, padded
+from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Rule, padded
 from aat_hf.kernels.cpu_threads import run
+from aat_hf.kernels.lowered_tiles import lower_tiles
 from aat_hf.kernels.simd_emit import PANEL
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.tile_map import EXACT, TileMap
+from aat_hf.tiling.tile_map import TileMap
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MASK_ELEMENTS = 1 << 15  # mask positions evaluated at a time: from here on torch would use its threads
 _CHUNKS = 16  # work items of a backward pass, if that many are not given by batch x kv_heads
 _CHUNK_BYTES = 1 << 28  # ... as long as their sums of dK and dV fit here
 _NO_FLOATS, _NO_NUMBERS = np.empty((0, 0), np.float32), np.empty(0, np.int64)
 NO_CENTROIDS = Centroids(_NO_NUMBERS, _NO_NUMBERS, _NO_FLOATS, _NO_FLOATS)
-
-
-class LoweredTiles(NamedTuple):
-    """The exact tiles of a `TileMap` and its mask as tensors; see `cpu_Grid`."""
-
-    starts: Tensor
-    columns: Tensor
-    cuts: Tensor
-    masks: Tensor
 
 
 class SkippedTiles(NamedTuple):
@@ -113,46 +103,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"the CPU kernel computes in float32 from float32, bfloat16 or float16; q, k, v are {q.dtype}, {k.dtype}, "
             f'{v.dtype}: convert them, or use backend="gather", which takes float64'
         )
-
-
-def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
-    """Exact tiles as compressed rows; cut tiles in which the mask is the same share its evaluation."""
-    # numpy: a thousand elements here and there are not worth torch's threads
-    starts, columns, exact = rows_of(tile_map, EXACT)
-    (cut,) = tile_map.cut.numpy()[exact].nonzero()
-    _, heads, query_tiles, key_tiles = tile_map.shape
-    own_batch, own_heads = (size > 1 for size in tile_map.states.shape[:2])
-    row, column = starts.searchsorted(cut, side="right") - 1, columns[cut]
-    head = row // query_tiles
-    shared = head // heads * own_batch * heads + head % heads * own_heads
-    places, index = np.unique((shared * query_tiles + row % query_tiles) * key_tiles + column, return_inverse=True)
-    masks, number = _mask_tiles(torch.from_numpy(places), tile_map, mask)
-    cuts = np.full_like(columns, -1)
-    cuts[cut] = number[index]
-    return LoweredTiles(torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(cuts), masks)
-
-
-def rows_of(tile_map: TileMap, level: int) -> tuple[Numbers, Numbers, NDArray[np.bool_]]:
-    """`row_start` and `columns` of the tiles of one level, and which of all stored tiles they are."""
-    chosen = tile_map.levels.numpy() == level
-    return np.concatenate([[0], chosen.cumsum()])[tile_map.row_start.numpy()], tile_map.columns.numpy()[chosen], chosen
-
-
-def _mask_tiles(places: Tensor, tile_map: TileMap, mask: AttentionMask) -> tuple[Tensor, Numbers]:
-    """The mask in the given tiles of the dense map: (masks, key_tile, padded query_tile) uint8, and which is whose."""
-    _, heads, query_tiles, key_tiles = tile_map.shape
-    width = -(-tile_map.query_tile // PANEL) * PANEL
-    within_tile = torch.arange(width).clamp(max=tile_map.query_tile - 1)  # lanes past the end repeat the last query
-    head, tile = places // key_tiles // query_tiles, places // key_tiles % query_tiles
-    query = (tile[:, None] * tile_map.query_tile + within_tile).clamp(max=mask.queries - 1)
-    start = places % key_tiles * tile_map.key_tile
-    first, number = mask.alike(head // heads, query, start, tile_map.key_tile)
-    head, query, start = head[first, None, None], query[first, None], start[first, None, None]
-    masks = torch.empty(len(first), tile_map.key_tile, width, dtype=torch.bool)
-    for part in torch.arange(len(first)).split(max(1, _MASK_ELEMENTS // (tile_map.key_tile * width))):
-        key = (start[part] + torch.arange(tile_map.key_tile)[:, None]).clamp(max=mask.keys - 1)
-        masks[part] = mask.allowed(head[part] // heads, head[part] % heads, query[part], key)
-    return masks.view(torch.uint8), number.numpy()
 
 
 @torch.library.custom_op("aat_hf::tiled_forward", mutates_args=(), device_types="cpu")

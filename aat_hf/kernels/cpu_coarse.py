@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from aat_hf.kernels.coarse import centroids
-from aat_hf.kernels.cpu import as_grid, as_rule, check_inputs, compute, gradients, lower_tiles, rows_of
+from aat_hf.kernels.cpu import as_grid, as_rule, check_inputs, compute, gradients
 from aat_hf.kernels.cpu_matrices import Centroids
+from aat_hf.kernels.lowered_tiles import lower_tiles, rows_of
 from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.tile_map import COARSE, TileMap
 

@@ -20,7 +20,7 @@ from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import attention
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.errors import OutOfDeviceMemoryError, VulkanLimitError
-from aat_hf.vulkan.lowering import KINDS, TileList
+from aat_hf.vulkan.lowering import KINDS
 from aat_hf.vulkan.provider import get_provider
 
 _log = logging.getLogger("aat_hf")
@@ -70,15 +70,7 @@ def vulkan_skip_attention(
     A workgroup's rows and 32 keys are what is left out together, so `skipped` has other pieces than the CPU kernel's.
     """
     _check(q, k, v)
-    call = Call(
-        TileList(*cpu.lower_tiles(tile_map, mask)),
-        tile_map.shape,
-        tile_map.query_tile,
-        tile_map.key_tile,
-        scale,
-        softcap,
-        skip_below,
-    )
+    call = Call.of(tile_map, mask, scale, softcap, skip_below)
     try:
         return cpu.SkippedTiles(*_VulkanAttention.apply(q, k, v, call))  # type: ignore[no-untyped-call]
     except (OutOfDeviceMemoryError, VulkanLimitError) as error:

@@ -22,7 +22,10 @@ _CHUNK_ELEMENTS = 1 << 24  # elements of a mask evaluated at a time (16 MiB of b
 
 
 class AttentionMask(ABC):
-    """What a query may attend to; indices are local to the call: 0 <= q < queries, 0 <= k < keys."""
+    """What a query may attend to; indices are local to the call: 0 <= q < queries, 0 <= k < keys.
+
+    A mask says the same for as long as it lives: kernels keep what they found out about it.
+    """
 
     def __init__(self, batch: int, queries: int, keys: int, device: torch.device, heads: int = 1) -> None:
         self.batch, self.heads, self.queries, self.keys, self.device = batch, heads, queries, keys, device

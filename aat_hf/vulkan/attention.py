@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aat_hf.kernels.lowered_tiles import lower_tiles
+from aat_hf.tiling.masks import AttentionMask
+from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import lowering, profile
 from aat_hf.vulkan.interface import Dispatch, Provider, float_bits
 from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, join_tiles, joinable, vectors
@@ -26,19 +30,33 @@ class Call:
     """What does not change between forward and backward.
 
     Attributes:
-        tiles: the exact tiles; shape: (batch, heads, query_tiles, key_tiles) of their map.
+        lower: makes `tiles`, when they are asked for; shape: (batch, heads, query_tiles, key_tiles) of their map.
         query_tile, key_tile: rows and keys of a tile.
         scale, softcap: the score is softcap(scale * q k).
         skip_below: blocks of keys whose scores all lie this far below the running maximum are left out; -inf: none.
     """
 
-    tiles: TileList
+    lower: Callable[[], TileList]
     shape: tuple[int, int, int, int]
     query_tile: int
     key_tile: int
     scale: float
     softcap: float | None = None
     skip_below: float = -math.inf
+
+    @classmethod
+    def of(
+        cls, tile_map: TileMap, mask: AttentionMask, scale: float, softcap: float | None = None,
+        skip_below: float = -math.inf,
+    ) -> Call:  # fmt: skip
+        """Attention over the exact tiles of a map."""
+        sizes = tile_map.shape, tile_map.query_tile, tile_map.key_tile
+        return cls(lambda: TileList(*lower_tiles(tile_map, mask)), *sizes, scale, softcap, skip_below)
+
+    @cached_property
+    def tiles(self) -> TileList:
+        """The exact tiles."""
+        return self.lower()
 
     @property
     def skips(self) -> bool:
@@ -56,8 +74,10 @@ class Call:
         if count == 1:
             return self
         batch, heads, query_tiles, key_tiles = self.shape
-        tiles, shape = join_tiles(self.tiles, key_tiles, count), (batch, heads, query_tiles, -(-key_tiles // count))
-        return replace(self, tiles=tiles, shape=shape, key_tile=count * self.key_tile)
+        shape = batch, heads, query_tiles, -(-key_tiles // count)
+        return replace(
+            self, lower=lambda: join_tiles(self.tiles, key_tiles, count), shape=shape, key_tile=count * self.key_tile
+        )
 
 
 class Skipped(NamedTuple):
@@ -95,8 +115,10 @@ def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, sha
     shape = shape or _shape(provider, "forward", q, v, call.query_tile)
     with Workspace(provider) as work:
         dispatch = forward_dispatch(work, provider, q, k, v, call, shape)
-        work.run(dispatch, fetch=dispatch.buffers[4:] if call.skips else dispatch.buffers[4:6])
-        return read_forward(dispatch, q, v, call, shape)
+        output = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
+        fetched = dispatch.buffers[4:] if call.skips else dispatch.buffers[4:6]
+        work.run(dispatch, fetch=fetched, meanwhile=output.zero_)
+        return read_forward(dispatch, call, shape, output)
 
 
 def forward_dispatch(
@@ -104,25 +126,27 @@ def forward_dispatch(
 ) -> Dispatch:
     """The forward shader on buffers of `work`; the last three are output, rows (lse and bound) and skipped pieces."""
     call = call.joined
+    results = lowering.room((*q.shape[:3], v.shape[3])), 8 * q.shape[:3].numel()
+    at_q, at_k, at_v, output, rows = work.buffers(q, k, v, *results)  # on their way while the map is lowered
     words = lowering.by_rows(call.tiles, call.query_tile)
-    output, rows = lowering.room((*q.shape[:3], v.shape[3])), 8 * q.shape[:3].numel()
     skipped = np.zeros(_pieces(call, shape.own), np.uint32) if call.skips else 4
+    in_rows, pieces = work.buffers(words.words, skipped)
     return Dispatch(
         variant("attention_forward", provider.device),
-        tuple(work.buffers(q, k, words.words, v, output, rows, skipped)),
+        (at_q, at_k, in_rows, at_v, output, rows, pieces),
         (call.shape[2] * _blocks(call.query_tile, shape), q.shape[1], q.shape[0]),
         _spec(shape, q, v, call),
         _push(q, k, call, words, shape.own),
     )
 
 
-def read_forward(dispatch: Dispatch, q: Tensor, v: Tensor, call: Call, shape: Shape) -> Forward:
-    """What `forward_dispatch` computed, from its downloaded buffers."""
-    output, rows, skipped = dispatch.buffers[4:]
-    lse, lost = torch.from_numpy(lowering.read_words(rows, (*q.shape[:3], 2), np.float32)).unbind(-1)
+def read_forward(dispatch: Dispatch, call: Call, shape: Shape, output: Tensor) -> Forward:
+    """What `forward_dispatch` computed, from its downloaded buffers; `output` is filled."""
+    rows, skipped = dispatch.buffers[5:]
+    lse, lost = torch.from_numpy(lowering.read_words(rows, (*output.shape[:3], 2), np.float32)).unbind(-1)
     size = _pieces(call, shape.own)
     return Forward(
-        lowering.read_rows(output, torch.Size((*q.shape[:3], v.shape[3])), v.dtype),
+        lowering.read_rows(dispatch.buffers[4], output),
         lse.contiguous(),
         lost.contiguous(),
         Skipped(lowering.read_words(skipped, size, np.uint32) if call.skips else np.zeros(size, np.uint32), shape.own),
@@ -145,17 +169,16 @@ def backward(
     Raises:
         OutOfDeviceMemoryError, VulkanLimitError: the call does not fit the device; nothing was computed.
     """
-    q, k, v = inputs
+    q, v = inputs[::2]
     shapes = _shape(provider, "queries", q, v, call.query_tile), _shape(provider, "keys", q, v, call.key_tile)
     with Workspace(provider) as work:
         dispatches = backward_dispatches(work, inputs, results, gradients, call, skipped, shapes)
-        d_q, (d_k, d_v) = dispatches[0].buffers[6], dispatches[1].buffers[6:8]
-        work.run(*dispatches, fetch=(d_q, d_k, d_v))
-        return (
-            lowering.read_rows(d_q, q.shape, q.dtype),
-            lowering.read_rows(d_k, k.shape, k.dtype),
-            lowering.read_rows(d_v, v.shape, v.dtype),
-        )
+        fetched = dispatches[0].buffers[6], *dispatches[1].buffers[6:8]
+        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in inputs)
+        work.run(*dispatches, fetch=fetched, meanwhile=lambda: (d_q.zero_(), d_k.zero_(), d_v.zero_()))
+        for buffer, gradient in zip(fetched, (d_q, d_k, d_v), strict=True):
+            lowering.read_rows(buffer, gradient)
+        return d_q, d_k, d_v
 
 
 def backward_dispatches(

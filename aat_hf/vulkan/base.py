@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -100,7 +100,11 @@ class BaseProvider(ABC, Generic[Owned]):
         self._unsent[buffer.serial] = buffer
 
     def submit(
-        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
+        self,
+        dispatches: Sequence[Dispatch],
+        upload: Sequence[Buffer] = (),
+        download: Sequence[Buffer] = (),
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         """See `Provider.submit`."""
         for dispatch in dispatches:
@@ -111,7 +115,8 @@ class BaseProvider(ABC, Generic[Owned]):
             for dispatch in dispatches:
                 self._own(dispatch.buffers)
             unsent, self._unsent = self._unsent, {}
-            self._run(limits.batches(dispatches), self._own([*unsent.values(), *upload]), self._own(download))
+            upload, download = self._own([*unsent.values(), *upload]), self._own(download)
+            self._run(limits.batches(dispatches), upload, download, meanwhile or _nothing)
 
     def close(self) -> None:
         """See `Provider.close`."""
@@ -147,7 +152,17 @@ class BaseProvider(ABC, Generic[Owned]):
     def _free(self, buffer: Owned) -> None: ...
 
     @abstractmethod
-    def _run(self, batches: list[list[Dispatch]], upload: list[Owned], download: list[Owned]) -> None: ...
+    def _run(
+        self,
+        batches: list[list[Dispatch]],
+        upload: list[Owned],
+        download: list[Owned],
+        meanwhile: Callable[[], object],
+    ) -> None: ...
 
     @abstractmethod
     def _shut(self, buffers: list[Owned]) -> None: ...
+
+
+def _nothing() -> None:
+    """Nothing to do while the device computes."""

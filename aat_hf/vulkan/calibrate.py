@@ -18,14 +18,14 @@ from torch import Tensor
 from aat_hf.bench._inputs import random_map
 from aat_hf.bench._timing import interleaved
 from aat_hf.data.progress import notice, progress
-from aat_hf.kernels.cpu import cpu_attention, lower_tiles
+from aat_hf.kernels.cpu import cpu_attention
 from aat_hf.kernels.vulkan import vulkan_attention
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import attention, plain, profile
 from aat_hf.vulkan.attention import Call
 from aat_hf.vulkan.interface import Dispatch, Provider
-from aat_hf.vulkan.lowering import TileList, vectors
+from aat_hf.vulkan.lowering import vectors
 from aat_hf.vulkan.profile import Costs, Direction, Profile
 from aat_hf.vulkan.provider import get_provider
 from aat_hf.vulkan.shapes import Shape, candidates
@@ -159,8 +159,7 @@ def fitted(lines: np.ndarray[Any, np.dtype[np.float64]]) -> Direction:
 
 def _call(q: Tensor, tile_map: TileMap) -> Call:
     mask = causal_mask(q.shape[2], q.shape[2], q.device)
-    tiles = TileList(*lower_tiles(tile_map, mask))
-    return Call(tiles, tile_map.shape, tile_map.query_tile, tile_map.key_tile, q.shape[3] ** -0.5)
+    return Call.of(tile_map, mask, q.shape[3] ** -0.5)
 
 
 def _gradients(output: Tensor, leaves: tuple[Tensor, ...]) -> Any:

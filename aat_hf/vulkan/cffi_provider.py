@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,12 +23,20 @@ _HOST = (vk.VK_PIPELINE_STAGE_HOST_BIT, vk.VK_ACCESS_HOST_READ_BIT | vk.VK_ACCES
 _TRANSFER = (vk.VK_PIPELINE_STAGE_TRANSFER_BIT, vk.VK_ACCESS_TRANSFER_READ_BIT | vk.VK_ACCESS_TRANSFER_WRITE_BIT)
 _COMPUTE = (vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_SHADER_WRITE_BIT)
 _DEVICE = (_TRANSFER[0] | _COMPUTE[0], _TRANSFER[1] | _COMPUTE[1])
+_ONCE = vk.VkCommandBufferBeginInfo(flags=vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT)
 
 
 class _Key(NamedTuple):
     shader: str
     spec: tuple[int, ...]
     buffers: int
+
+
+class _Commands(NamedTuple):
+    """A command buffer, and what submits it: the binding takes tens of microseconds to make such a structure."""
+
+    handle: Any
+    submission: list[Any]
 
 
 class VulkanBuffer(HostBuffer):
@@ -52,8 +61,8 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
             pool = vk.VkCommandPoolCreateInfo(queueFamilyIndex=self._device.queue_family)
             self._pool, self._copies = (vk.vkCreateCommandPool(self._device.handle, pool, None) for _ in range(2))
             self._commands = self._command_buffer(self._pool)
-            self._idle: list[Any] = []  # command buffers of `_copies`
-            self._sending: list[Any] = []  # those that the device may be executing
+            self._idle: list[_Commands] = []  # of `_copies`
+            self._sending: list[_Commands] = []  # those that the device may be executing
             self._fence = vk.vkCreateFence(self._device.handle, vk.VkFenceCreateInfo(), None)
 
     @property
@@ -89,19 +98,24 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
             return
         with reported(f"copying to {self.device.name}"):
             commands = self._idle.pop() if self._idle else self._command_buffer(self._copies)
-            self._begin(commands)
-            self._copy(commands, buffer.staging, buffer.main, buffer.used)
-            vk.vkEndCommandBuffer(commands)
-            submitted = vk.VkSubmitInfo(pCommandBuffers=[commands])
-            vk.vkQueueSubmit(self._device.queue, 1, [submitted], vk.VK_NULL_HANDLE)
+            self._begin(commands.handle)
+            self._copy(commands.handle, buffer.staging, buffer.main, buffer.used)
+            vk.vkEndCommandBuffer(commands.handle)
+            vk.vkQueueSubmit(self._device.queue, 1, commands.submission, vk.VK_NULL_HANDLE)
             self._sending.append(commands)
 
-    def _run(self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer]) -> None:
+    def _run(
+        self,
+        batches: list[list[Dispatch]],
+        upload: list[VulkanBuffer],
+        download: list[VulkanBuffer],
+        meanwhile: Callable[[], object],
+    ) -> None:
         with reported(f"computing on {self.device.name}"):
             descriptors = self._descriptor_pool(batches)
             try:
                 self._record(batches, upload, download, descriptors)
-                self._execute()
+                self._execute(meanwhile)
             finally:
                 vk.vkDestroyDescriptorPool(self._device.handle, descriptors, None)
                 self._destroy_retired()
@@ -110,61 +124,63 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer], descriptors: Any
     ) -> None:
         vk.vkResetCommandPool(self._device.handle, self._pool, 0)
-        commands = self._commands
+        commands = self._commands.handle
         self._begin(commands)
         for buffer in upload:
             self._copy(commands, buffer.staging, buffer.main, buffer.used)
         self._barrier(commands, _TRANSFER, _DEVICE)
         for batch in batches:
             for dispatch in batch:
-                self._dispatch(dispatch, descriptors)
+                self._dispatch(commands, dispatch, descriptors)
             self._barrier(commands, _COMPUTE, _DEVICE)
         for buffer in download:
             self._copy(commands, buffer.main, buffer.staging, buffer.used)
         self._barrier(commands, _DEVICE, _HOST)
         vk.vkEndCommandBuffer(commands)
 
-    def _execute(self) -> None:
-        commands = [self._commands]
-        vk.vkQueueSubmit(self._device.queue, 1, [vk.VkSubmitInfo(pCommandBuffers=commands)], self._fence)
-        vk.vkWaitForFences(self._device.handle, 1, [self._fence], vk.VK_TRUE, _FOREVER)
-        vk.vkResetFences(self._device.handle, 1, [self._fence])
+    def _execute(self, meanwhile: Callable[[], object]) -> None:
+        vk.vkQueueSubmit(self._device.queue, 1, self._commands.submission, self._fence)
+        try:
+            meanwhile()
+        finally:
+            vk.vkWaitForFences(self._device.handle, 1, [self._fence], vk.VK_TRUE, _FOREVER)
+            vk.vkResetFences(self._device.handle, 1, [self._fence])
         if self._sending:  # earlier submissions: the fence told of them too
             vk.vkResetCommandPool(self._device.handle, self._copies, 0)
             self._idle += self._sending
             self._sending.clear()
 
-    def _command_buffer(self, pool: Any) -> Any:
+    def _command_buffer(self, pool: Any) -> _Commands:
         described = vk.VkCommandBufferAllocateInfo(
             commandPool=pool, level=vk.VK_COMMAND_BUFFER_LEVEL_PRIMARY, commandBufferCount=1
         )
-        return vk.vkAllocateCommandBuffers(self._device.handle, described)[0]
+        handle = vk.vkAllocateCommandBuffers(self._device.handle, described)[0]
+        return _Commands(handle, [vk.VkSubmitInfo(pCommandBuffers=[handle])])
 
     def _begin(self, commands: Any) -> None:
-        begin = vk.VkCommandBufferBeginInfo(flags=vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT)
-        vk.vkBeginCommandBuffer(commands, begin)
+        vk.vkBeginCommandBuffer(commands, _ONCE)
         self._barrier(commands, _DEVICE, _DEVICE)  # what earlier submissions wrote becomes visible
 
     def _barrier(self, commands: Any, before: tuple[int, int], after: tuple[int, int]) -> None:
-        memory = [vk.VkMemoryBarrier(srcAccessMask=before[1], dstAccessMask=after[1])]
+        memory = _memory_barrier(before[1], after[1])
         vk.vkCmdPipelineBarrier(commands, before[0], after[0], 0, 1, memory, 0, None, 0, None)
 
     def _copy(self, commands: Any, source: Any, target: Any, nbytes: int) -> None:
         if source is not None and target is not None:  # unified memory needs no copy
             vk.vkCmdCopyBuffer(commands, source.handle, target.handle, 1, [vk.VkBufferCopy(0, 0, nbytes)])
 
-    def _dispatch(self, dispatch: Dispatch, descriptors: Any) -> None:
+    def _dispatch(self, commands: Any, dispatch: Dispatch, descriptors: Any) -> None:
         pipeline = self._cache.get(_Key(dispatch.shader, dispatch.spec, len(dispatch.buffers)))
         buffers: Sequence[Any] = dispatch.buffers
         bound = self._bind(pipeline, buffers, descriptors)
         point = vk.VK_PIPELINE_BIND_POINT_COMPUTE
-        vk.vkCmdBindPipeline(self._commands, point, pipeline.pipeline)
-        vk.vkCmdBindDescriptorSets(self._commands, point, pipeline.layout, 0, 1, [bound], 0, None)
+        vk.vkCmdBindPipeline(commands, point, pipeline.pipeline)
+        vk.vkCmdBindDescriptorSets(commands, point, pipeline.layout, 0, 1, [bound], 0, None)
         if dispatch.push:
             words = vk.ffi.new("uint32_t[]", list(dispatch.push))
             size, stage = 4 * len(dispatch.push), vk.VK_SHADER_STAGE_COMPUTE_BIT
-            vk.vkCmdPushConstants(self._commands, pipeline.layout, stage, 0, size, words)
-        vk.vkCmdDispatch(self._commands, *dispatch.groups)
+            vk.vkCmdPushConstants(commands, pipeline.layout, stage, 0, size, words)
+        vk.vkCmdDispatch(commands, *dispatch.groups)
 
     def _bind(self, pipeline: Pipeline, buffers: Sequence[VulkanBuffer], descriptors: Any) -> Any:
         """A descriptor set with the buffers at bindings 0, 1, ..."""
@@ -198,3 +214,9 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         for pool in (self._pool, self._copies):
             vk.vkDestroyCommandPool(self._device.handle, pool, None)
         self._device.close()
+
+
+@cache
+def _memory_barrier(before: int, after: int) -> list[Any]:
+    """For all memory, between two kinds of access."""
+    return [vk.VkMemoryBarrier(srcAccessMask=before, dstAccessMask=after)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,11 +126,16 @@ class Provider(Protocol):
         """
 
     def submit(
-        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
+        self,
+        dispatches: Sequence[Dispatch],
+        upload: Sequence[Buffer] = (),
+        download: Sequence[Buffer] = (),
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         """Copy `upload` to the device, run `dispatches` in order, copy `download` back; returns when all is done.
 
-        Each dispatch sees what earlier ones wrote.
+        Each dispatch sees what earlier ones wrote. `meanwhile` is called while the device computes, such as to have
+        memory ready for results; a binding that can only wait calls it before.
 
         Raises:
             VulkanLimitError: a dispatch asks for more than the device or the shader takes; nothing ran.

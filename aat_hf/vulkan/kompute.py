@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -117,7 +117,14 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
                 push,
             )
 
-    def _run(self, batches: list[list[Dispatch]], upload: list[KomputeBuffer], download: list[KomputeBuffer]) -> None:
+    def _run(
+        self,
+        batches: list[list[Dispatch]],
+        upload: list[KomputeBuffer],
+        download: list[KomputeBuffer],
+        meanwhile: Callable[[], object],
+    ) -> None:
+        meanwhile()  # an evaluation waits
         evaluations = [_Evaluation(dispatches=tuple(map(self._prepare, batch))) for batch in batches]
         if not self.device.unified:
             later = set().union(*(written_buffers(dispatch) for batch in batches[:1] for dispatch in batch))

@@ -23,7 +23,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 class TileList(NamedTuple):
-    """The exact tiles of a map and the mask inside the cut ones (`aat_hf.kernels.cpu.LoweredTiles`).
+    """The exact tiles of a map and the mask inside the cut ones (`aat_hf.kernels.lowered_tiles.LoweredTiles`).
 
     Attributes:
         starts: (batch * heads * query_tiles + 1,) first tile of each row of the map.
@@ -81,11 +81,11 @@ def join_tiles(tiles: TileList, key_tiles: int, count: int) -> TileList:
     first = np.flatnonzero(np.diff(number, prepend=-1))
     joined = columns[first] // count
     missing, whole = len(masks), len(masks) + 1  # where such masks are put
-    parts = np.full((len(first), count), missing, np.int64)
-    parts[number, columns % count] = np.where(cuts < 0, whole, cuts)
-    parts[joined == key_tiles // count, key_tiles % count :] = whole  # past the last tile no keys are to be hidden
-    cut = np.flatnonzero((parts != whole).any(1))
-    kinds, places = _distinct_rows(parts[cut])
+    parts = np.full((count, len(first)), missing, np.int64)
+    parts[columns % count, number] = np.where(cuts < 0, whole, cuts)
+    parts[key_tiles % count :, joined == key_tiles // count] = whole  # past the last tile no keys are to be hidden
+    cut = np.flatnonzero((parts != whole).any(0))
+    kinds, places = _distinct_columns(parts[:, cut])
     joined_cuts = np.full_like(joined, -1)
     joined_cuts[cut] = places
     shape = masks.shape[1:]
@@ -94,12 +94,27 @@ def join_tiles(tiles: TileList, key_tiles: int, count: int) -> TileList:
     return TileList(*map(torch.from_numpy, (first.searchsorted(starts), joined, joined_cuts, masks)))
 
 
-def _distinct_rows(rows: Integers) -> tuple[Integers, Integers]:
-    """The distinct rows of two or more numbers >= 0, and which of them each row is; `np.unique(axis=0)` is slow."""
-    base, code = rows.max(initial=0) + 1, rows[:, 0]
-    for column in rows.T[1:]:
-        _, first, code = np.unique(code * base + column, return_index=True, return_inverse=True)
-    return rows[first], code
+def _distinct_columns(table: Integers) -> tuple[Integers, Integers]:
+    """The distinct columns (kinds, rows) of two or more numbers >= 0, and which of them each column is.
+
+    `np.unique(axis=1)` is slow.
+    """
+    base, code = int(table.max(initial=0)) + 1, table[0]
+    for row in table[1:]:
+        first, code = _distinct(code * base + row)
+    return table[:, first].T, code
+
+
+def _distinct(values: Integers) -> tuple[Integers, Integers]:
+    """A place of each distinct value >= 0, in their order, and which of them each is: by a table, unless it is long."""
+    size = int(values.max(initial=0)) + 1
+    if size > 4 * len(values):
+        _, first, index = np.unique(values, return_index=True, return_inverse=True)
+        return first, index
+    place = np.full(size, -1)
+    place[values[::-1]] = np.arange(len(values))[::-1]  # the first of several
+    there = place >= 0
+    return place[there], (there.cumsum() - 1)[values]
 
 
 def by_rows(tiles: TileList, query_tile: int) -> TileWords:
@@ -165,9 +180,9 @@ def write_rows(buffer: Buffer, x: Tensor) -> None:
         target[..., x.shape[-1] :].zero_()
 
 
-def read_rows(buffer: Buffer, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of `shape` (..., dim) from a buffer of float32 rows."""
-    return torch.empty(shape, dtype=dtype).copy_(_rows(buffer, shape, torch.float32)[..., : shape[-1]])
+def read_rows(buffer: Buffer, target: Tensor) -> Tensor:
+    """`target` (..., dim), filled from a buffer of float32 rows."""
+    return target.copy_(_rows(buffer, target.shape, torch.float32)[..., : target.shape[-1]])
 
 
 def write_words(buffer: Buffer, words: NDArray[np.generic]) -> None:

@@ -38,7 +38,7 @@ def tile_moments(provider: Provider, k: Tensor, key_tile: int, groups: int) -> M
         spec = threads, KINDS[k.dtype]
         groups_xyz = lowering.spread(provider, -(-invocations // threads))
         work.run(Dispatch("tile_moments", (source, mean, variance), groups_xyz, spec, push), fetch=(mean, variance))
-        found = [lowering.read_rows(buffer, torch.Size(shape), torch.float32) for buffer in (mean, variance)]
+        found = [lowering.read_rows(buffer, torch.empty(shape)) for buffer in (mean, variance)]
     first = torch.arange(runs) * size
     count = ((first + size).clamp(max=keys) - first).clamp(min=0).view(-1, groups)
     return Moments(count, *found)

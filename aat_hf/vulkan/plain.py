@@ -126,7 +126,7 @@ def _elementwise(provider: Provider, operation: str, *inputs: Tensor) -> _Call:
     return _Call(
         (*(x.reshape(-1) for x in inputs), lowering.room(flat)),
         lambda mine: elementwise_dispatch(provider, operation, mine[0], mine[-2], mine[-1], flat.numel()),
-        lambda result: lowering.read_rows(result, flat, torch.float32).view(shape),
+        lambda result: lowering.read_rows(result, torch.empty(flat)).view(shape),
     )
 
 
@@ -149,7 +149,7 @@ def _matmul(provider: Provider, _: str, a: Tensor, b: Tensor) -> _Call:
     return _Call(
         (a, b, lowering.room(shape)),
         lambda mine: matmul_dispatch(provider, mine[0], mine[1], mine[2], sizes),
-        lambda result: lowering.read_rows(result, shape, torch.float32),
+        lambda result: lowering.read_rows(result, torch.empty(shape)),
     )
 
 

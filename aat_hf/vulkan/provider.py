@@ -27,6 +27,7 @@ INSTALL = {"kompute": "make vulkan (in a checkout, on Debian or Ubuntu)", "vulka
 _lock = threading.Lock()
 _providers: dict[tuple[str, int], Provider] = {}
 _refused: set[tuple[str, int]] = set()  # told about
+_found: set[str] = set()  # packages: looking for one reads the disk
 
 
 def get_provider(name: str | None = None, device: int | None = None) -> Provider:
@@ -65,8 +66,13 @@ def _opened(name: str, info: DeviceInfo) -> Provider:
 
 def installed() -> list[str]:
     """The providers whose package is there, best first."""
-    found = {name: find_spec(package) for name, package in guard.PACKAGES.items()}
-    return [name for name, spec in found.items() if spec is not None and spec.origin]  # a mere folder has no origin
+    return [name for name, package in guard.PACKAGES.items() if _is_there(package)]
+
+
+def _is_there(package: str) -> bool:
+    if package not in _found and (spec := find_spec(package)) is not None and spec.origin:  # a mere folder has none
+        _found.add(package)
+    return package in _found
 
 
 def make(name: str, device: DeviceInfo) -> Provider:

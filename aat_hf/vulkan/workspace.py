@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeAlias
 
@@ -61,7 +62,7 @@ class Workspace:
             self._pool.recycle(buffer)
 
     def buffers(self, *contents: Content) -> list[Buffer]:
-        """A buffer for each of the contents; they are planned together, so ask for all of an operation at once.
+        """A buffer for each of the contents; they are planned together.
 
         Raises:
             VulkanLimitError, OutOfDeviceMemoryError: as `BufferPool.acquire`; nothing was taken.
@@ -81,10 +82,12 @@ class Workspace:
                 self._fresh.append(buffer)
         return taken
 
-    def run(self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = ()) -> None:
-        """Upload what is new, run, download `fetch`."""
+    def run(
+        self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = (), meanwhile: Callable[[], object] | None = None
+    ) -> None:
+        """Upload what is new, run, download `fetch`; `meanwhile` as in `Provider.submit`."""
         fresh, self._fresh = self._fresh, []
-        self._provider.submit(dispatches, upload=fresh, download=fetch)
+        self._provider.submit(dispatches, upload=fresh, download=fetch, meanwhile=meanwhile)
 
 
 def _size(content: Content) -> int:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kernel_cases import CPU, MASKS, check, inputs, masks, random_map
 
 from aat_hf.kernels import cpu
-from aat_hf.kernels.cpu import cpu_attention, cpu_skip_attention, lower_tiles, tiled_forward
+from aat_hf.kernels.cpu import cpu_attention, cpu_skip_attention, tiled_forward
+from aat_hf.kernels.lowered_tiles import lower_tiles
 from aat_hf.tiling.masks import IntervalMask, causal_mask, full_mask
 from aat_hf.tiling.tile_map import EXACT, TileMap
 

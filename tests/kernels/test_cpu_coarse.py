@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from kernel_cases import CPU, MASKS, compare, distance, inputs, masks, random_map
 
 from aat_hf.kernels.coarse import centroids
-from aat_hf.kernels.cpu import cpu_attention, lower_tiles, rows_of
+from aat_hf.kernels.cpu import cpu_attention
 from aat_hf.kernels.cpu_coarse import coarse_backward, coarse_forward, cpu_coarse_attention
+from aat_hf.kernels.lowered_tiles import lower_tiles, rows_of
 from aat_hf.kernels.reference import reference_attention
 from aat_hf.tiling.masks import causal_mask, full_mask
 from aat_hf.tiling.tile_map import COARSE, EXACT, TileMap

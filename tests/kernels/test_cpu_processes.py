@@ -16,7 +16,8 @@ import torch
 from kernel_cases import CPU, inputs, random_map
 
 from aat_hf.kernels import cpu
-from aat_hf.kernels.cpu import cpu_attention, lower_tiles, tiled_forward
+from aat_hf.kernels.cpu import cpu_attention, tiled_forward
+from aat_hf.kernels.lowered_tiles import lower_tiles
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.tile_map import TileMap
 

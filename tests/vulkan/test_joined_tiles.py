@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,17 +13,15 @@ from hypothesis import strategies as st
 from kernel_cases import CPU, MASKS, random_map
 from parity import masks
 
-from aat_hf.kernels.cpu import lower_tiles
 from aat_hf.tiling.masks import causal_mask, full_mask
 from aat_hf.tiling.tile_map import EXACT, TileMap
 from aat_hf.vulkan.attention import Call
-from aat_hf.vulkan.lowering import TileList, joinable
+from aat_hf.vulkan.lowering import _distinct, joinable
 from aat_hf.vulkan.profile import paddings_of
 
 
 def lowered(tile_map, mask, **rule):
-    tiles = TileList(*lower_tiles(tile_map, mask))
-    return Call(tiles, tile_map.shape, tile_map.query_tile, tile_map.key_tile, 1.0, **rule)
+    return Call.of(tile_map, mask, 1.0, **rule)
 
 
 def pairs(call, queries, keys):
@@ -130,3 +129,13 @@ def test_a_map_without_tiles():
     call = lowered(tile_map, mask).joined
     assert not len(call.tiles.columns) and call.tiles.starts.tolist() == [0] * 5
     assert paddings_of(tile_map) == (1, 1)
+
+
+@given(st.lists(st.integers(0, 30) | st.integers(0, 2**40), max_size=50))
+def test_distinct_values(values):
+    """Whether they are small enough for a table or not."""
+    array = np.array(values, np.int64)
+    first, index = _distinct(array)
+    kinds, wanted_first, wanted = np.unique(array, return_index=True, return_inverse=True)
+    assert first.tolist() == wanted_first.tolist() and index.tolist() == wanted.tolist()
+    assert array[first].tolist() == kinds.tolist()

@@ -78,6 +78,24 @@ def test_what_was_sent_is_there(provider, xyz):
         assert np.all(numbers(y) == 2 * round_) and np.all(numbers(x) == 10 + round_)
 
 
+def test_meanwhile_is_called_once_and_its_error_passes(provider, xyz):
+    x, y, z = xyz
+    calls = []
+    chain = [step(x, y, 2.0), step(y, z)]  # two batches
+    provider.submit(chain, upload=[x], download=[z], meanwhile=lambda: calls.append(1))
+    assert calls == [1] and np.array_equal(numbers(z), 2 * np.arange(COUNT))
+    provider.submit([], meanwhile=lambda: calls.append(2))
+    assert calls == [1, 2]
+
+    def fail() -> None:
+        raise MemoryError("no room for results")
+
+    with pytest.raises(MemoryError, match="no room"):
+        provider.submit(chain, upload=[x], download=[z], meanwhile=fail)
+    provider.submit([step(x, y, 3.0)], upload=[x], download=[y])  # nothing is left in flight
+    assert np.array_equal(numbers(y), 3 * np.arange(COUNT))
+
+
 def test_a_sent_buffer_may_be_released(provider, xyz):
     x, y, _ = xyz
     for _ in range(3):

@@ -183,6 +183,7 @@ def test_unknown_names_are_told(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(VulkanUnavailableError, match="'metal'; there are kompute, vulkan"):
         provider.get_provider("metal")
     monkeypatch.setattr(provider, "find_spec", lambda name: None)
+    monkeypatch.setattr(provider, "_found", set())
     with pytest.raises(VulkanUnavailableError, match=r"pip install .aat-hf\[vulkan\]"):
         provider.get_provider()
     with pytest.raises(VulkanUnavailableError, match="make vulkan"):

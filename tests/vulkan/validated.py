@@ -51,9 +51,9 @@ def main(binding: str, kind: str, *without: str) -> None:
         provider._barrier = lambda *_: None
     submit, ran = provider.submit, set()
 
-    def recorded(dispatches, upload=(), download=()):
+    def recorded(dispatches, upload=(), download=(), **options):
         ran.update(dispatch.shader for dispatch in dispatches)
-        submit(dispatches, upload, download)
+        submit(dispatches, upload, download, **options)
 
     provider.submit, kernel.get_provider = recorded, lambda: provider
     smoke.run(provider)
