@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from aat_hf.attention import TiledAttentionResult, tiled_attention
 from aat_hf.config import AATConfig
 from aat_hf.errors import UnsupportedAttentionError
+from aat_hf.hf.cache import AATCache
 from aat_hf.hf.explain import explain
 from aat_hf.hf.interface import register
 from aat_hf.hf.models.registry import register_configs
@@ -29,6 +30,7 @@ __all__ = [
     "AATBertForMaskedLM",
     "AATBertForSequenceClassification",
     "AATBertModel",
+    "AATCache",
     "AATCallback",
     "AATConfig",
     "AATGPT2Config",

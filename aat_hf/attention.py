@@ -27,6 +27,7 @@ from aat_hf.tiling.masks import AttentionMask, IntervalMask
 from aat_hf.tiling.measure import measure_rows
 from aat_hf.tiling.plan import plan
 from aat_hf.tiling.select import Scene
+from aat_hf.tiling.summaries import TileSummaries, summaries_of
 from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import profile
 
@@ -186,6 +187,8 @@ def why_dense(q: Tensor, k: Tensor, config: AATConfig, extras: Extras, need_weig
         return "an additive bias is given"
     if extras.dropout > 0:
         return f"dropout is {extras.dropout}"
+    if q.shape[2] == 1 < k.shape[2]:
+        return "a single query"
     shortest = router.shortest(config, q.device, q.dtype, q.shape[3])
     if k.shape[2] < shortest:
         return f"{k.shape[2]} keys are fewer than min_length = {shortest}"
@@ -195,8 +198,8 @@ def why_dense(q: Tensor, k: Tensor, config: AATConfig, extras: Extras, need_weig
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, extras: Extras) -> bool:
-    """Whether a single query's values are selected: `aat_hf.kernels.cpu_decode` does it, without gradients."""
-    shortest = max(router.decode_from(config), config.dense_prefix + 1)
+    """Whether a single query's tiles are selected: `aat_hf.kernels.cpu_decode` does it, without gradients."""
+    shortest = max(router.decode_from(config, _summaries(k, config) is not None), config.dense_prefix + 1)
     if k.shape[2] < shortest or config.mode == "dense" or config.tolerance == 0 or config.coarse:
         return False
     if q.device.type != "cpu" or q.dtype == torch.float64 or config.backend not in ("auto", "cpu"):
@@ -213,19 +216,25 @@ def _decode(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, scale: float, extras: Extras,
     stages: Stages, audit: bool,
 ) -> TiledAttentionResult | None:  # fmt: skip
-    """Attention of a single query; None where a score is not finite or the cache lies in memory in another way."""
+    """Attention of a single query; None where `decode_attention` cannot or need not."""
     from aat_hf.kernels.cpu_decode import decode_attention  # numba, loaded when needed
 
     assert isinstance(mask, IntervalMask)
     with stages("compute"):
-        found = decode_attention(q, k, v, mask, config, scale, extras.softcap, extras.sinks)
+        summaries = _summaries(k, config)
+        found = decode_attention(q, k, v, mask, config, scale, extras.softcap, extras.sinks, summaries)
     if found is None:
         return None
-    measured = Audit(torch.zeros(1, dtype=torch.long), found.lost) if audit else None
+    measured = Audit(torch.zeros(1, dtype=torch.long), found.lost) if audit and found.measured else None
     return TiledAttentionResult(
-        found.output, found.lse, found.tile_map, measured, "skip", estimated=found.lost[..., 0],
-        stages=stages.milliseconds(),
+        found.output, found.lse, found.tile_map, measured, "skip" if summaries is None else "tiled",
+        estimated=found.lost[..., 0], stages=stages.milliseconds(),
     )  # fmt: skip
+
+
+def _summaries(k: Tensor, config: AATConfig) -> TileSummaries | None:
+    """Those of the tiles of k (batch, kv_heads, keys, head_dim); not where mode "skip" promises that all is scored."""
+    return summaries_of(k) if config.mode == "tiled" else None
 
 
 @torch.no_grad()

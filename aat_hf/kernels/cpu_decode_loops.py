@@ -1,4 +1,4 @@
-"""Loops of attention with one query, compiled by numba: scores of all keys, then the values of the kept tiles.
+"""Loops of attention with one query, compiled by numba: tile masses predicted, keys scored, values mixed.
 
 The cache comes from memory and is used once, so what counts is how few bytes are read. A work item is a block of keys
 of one key head, for all query heads that share it.
@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import KEYS, Bytes, Floats, Matrix, Numbers, Rule, aligned, entry, jit, load
 from aat_hf.kernels.simd_dots import dots
 from aat_hf.kernels.simd_emit import LANES, LOWEST, MASKED, PANEL
 
-_BINS = 1 << 11  # values of `_bin`
+UNSEEN, SUMMARISED, SCORED = 0, 1, 2  # kinds of tiles: outside the mask; predicted; exact in every step
 # Sums may be taken in any order, which makes them vectors; the micro-kernels' rounding must not be, hence not `jit`.
 _sum_freely = njit(nogil=True, boundscheck=False, error_model="numpy", fastmath={"reassoc", "contract"})
 
@@ -90,14 +89,108 @@ def _work(item: int, span: Span) -> tuple[int, int, int, int, int, int]:
     return batch, owner, block, start, low, high
 
 
+@jit
+def _log_masses(first: Floats, second: Floats, count: int, rule: Rule) -> None:
+    """first = base-2 log mass of tiles of `count` keys, from q mean in `first` and q' Sigma q in `second`.
+
+    As `aat_hf.tiling.moments.log_mass` with one group a tile.
+    """
+    unit = rule.inner * rule.outer if rule.capped else np.float32(1)
+    log_n, log2 = np.float32(np.log(count)), np.float32(np.log(2))
+    critical = np.sqrt(2 * log_n)
+    for i in range(first.size):
+        x = np.sqrt(max(second[i], np.float32(0))) * unit * log2
+        spread = x * x / 2 if x < critical else critical * x - log_n
+        first[i] = first[i] * unit + spread / log2
+    if rule.capped:
+        for i in range(first.size):
+            first[i] = rule.outer * np.tanh(first[i] / rule.outer)
+    first += log_n / log2
+
+
+@jit
+def _log_mass(q: Floats, rows: Floats, first: int, batch: int, span: Span, rule: Rule, scores: Floats) -> np.float32:
+    """Exact base-2 log mass of the keys `rows` (count, dim), which begin at key `first`."""
+    _dots(q, rows, scores)
+    highest, total = LOWEST, np.float32(0)
+    for j in range(len(rows)):
+        scores[j] = rule.outer * np.tanh(rule.inner * scores[j]) if rule.capped else scores[j]
+        if span.valid.size and not span.valid[batch, first + j]:
+            scores[j] = MASKED
+        highest = max(highest, scores[j])
+    for j in range(len(rows)):
+        total += np.float32(2) ** (scores[j] - highest)
+    return highest + np.log2(total)
+
+
+@entry
+def predict(
+    counter: Numbers, q: Floats, k: Matrix, means: Floats, variances: Floats, complete: int, kinds: Bytes,
+    span: Span, rule: Rule, mass: Floats, top: Floats,
+) -> None:  # fmt: skip
+    """Take blocks of tiles from the queue until it is empty: 2^(log mass - maximum of the block) of every tile.
+
+    Args:
+        q: (batch * heads, dim) float32, times the rule's factor.
+        means, variances: (batch * kv_heads, at least complete, dim), of the tiles that are `complete`.
+        kinds: (batch, key_tiles), UNSEEN, SUMMARISED or SCORED.
+        mass: (batch * heads, blocks * tiles of a block); top: (batch * heads, blocks), as in `score`.
+    """
+    group, dim, block = span.heads // span.kv_heads, q.shape[1], mass.shape[1] // top.shape[1]
+    scratch, state = aligned(span.key_tile * dim), aligned(4 * PANEL).reshape(4, PANEL)
+    size = (block - 1) // PANEL * PANEL + PANEL
+    line, second, squares, scores = aligned(size), aligned(size), aligned(dim), aligned(span.key_tile)
+    while True:
+        item = simd.take_number(counter.ctypes.data)
+        if item >= len(span.starts) * top.shape[1]:
+            return
+        owner, place = item // top.shape[1], item % top.shape[1]
+        batch, first = owner // span.kv_heads, place * block
+        count = min(block, kinds.shape[1] - first)
+        known = first + max(0, min(count, complete - first))
+        for head in range(owner * group, (owner + 1) * group):
+            line[:] = MASKED
+            for d in range(dim):
+                squares[d] = q[head, d] * q[head, d]
+            _dots(q[head], means[owner, first:known], line)
+            _dots(squares, variances[owner, first:known], second)
+            _log_masses(line[: known - first], second[: known - first], span.key_tile, rule)
+            for tile in range(count):
+                kind = kinds[batch, first + tile]
+                if kind == UNSEEN:
+                    line[tile] = MASKED
+                elif kind == SCORED:
+                    low = max((first + tile) * span.key_tile, span.first[batch])
+                    high = min((first + tile + 1) * span.key_tile, span.last[batch])
+                    rows = load(k, span.starts[owner] + low, high - low, scratch)
+                    line[tile] = _log_mass(q[head], rows, low, batch, span, rule, scores)
+            top[head, place] = _soften(line, state)
+            mass[head, first : first + block] = line[:block]
+
+
+@jit
+def _run(j: int, high: int, owner: int, opened: Bytes, key_tile: int) -> tuple[int, int]:
+    """The next keys to score, j .. high at most and no more than `KEYS`; `opened` without elements: all."""
+    if not opened.size:
+        return j, min(j + KEYS, high)
+    while j < high and not opened[owner, j // key_tile]:
+        j = (j // key_tile + 1) * key_tile
+    end = j
+    while end < min(j + KEYS, high) and opened[owner, end // key_tile]:
+        end = min((end // key_tile + 1) * key_tile, j + KEYS, high)
+    return j, end
+
+
 @entry
 def score(
-    counter: Numbers, q: Floats, k: Matrix, span: Span, rule: Rule, weights: Floats, mass: Floats, top: Floats
-) -> None:
+    counter: Numbers, q: Floats, k: Matrix, span: Span, rule: Rule, opened: Bytes, weights: Floats, mass: Floats,
+    top: Floats,
+) -> None:  # fmt: skip
     """Take blocks from the queue until it is empty: 2^(score - maximum of the block) of every key, sums by tile.
 
     Args:
         q: (batch * heads, dim) float32, times the rule's factor.
+        opened: (batch * kv_heads, at least key_tiles), 1 for tiles whose keys are read; or no elements: all are.
         weights: (batch * heads, blocks * block * key_tile); 0 for keys that are not seen, blocks without any are left.
         mass: (batch * heads, blocks * block) sums of `weights` by tile.
         top: (batch * heads, blocks) base-2 maxima; NaN where a score is not finite.
@@ -111,19 +204,22 @@ def score(
         if item >= len(span.starts) * top.shape[1]:
             return
         batch, owner, block, start, low, high = _work(item, span)
-        for j in range(low, high, KEYS):
-            rows = load(k, span.starts[owner] + j, min(KEYS, high - j), scratch)
+        j, end = _run(low, high, owner, opened, span.key_tile)
+        empty = j >= high
+        while j < high:
+            rows = load(k, span.starts[owner] + j, end - j, scratch)
             for g in range(group):
                 _dots(q[owner * group + g], rows, line[g, j - start :])
+            j, end = _run(end, high, owner, opened, span.key_tile)
         for g in range(group):
             head = owner * group + g
-            if high == low:
+            if empty:
                 top[head, block] = LOWEST
                 mass[head, block * span.block : (block + 1) * span.block] = 0
                 continue
             if rule.capped:
                 simd.cap_scores(line[g].ctypes.data, padded // PANEL, state.ctypes.data, rule.inner, rule.outer)
-            _forbid(line[g], low - start, high - start, start, batch, span)
+            _forbid(line[g], low - start, high - start, block, batch, owner, span, opened)
             top[head, block] = _soften(line[g], state)
             weights[head, start : start + size] = line[g, :size]
             for tile in range(span.block):
@@ -132,14 +228,19 @@ def score(
 
 
 @jit
-def _forbid(line: Floats, low: int, high: int, start: int, batch: int, span: Span) -> None:
-    """Mask the scores of a block outside low .. high, and those of padding."""
+def _forbid(line: Floats, low: int, high: int, block: int, batch: int, owner: int, span: Span, opened: Bytes) -> None:
+    """Mask the scores of a block outside low .. high, those of padding, and those of tiles that were not read."""
     line[:low] = MASKED
     line[high:] = MASKED
+    start = block * span.block * span.key_tile
     if span.valid.size:
         for j in range(low, high):
             if not span.valid[batch, start + j]:
                 line[j] = MASKED
+    if opened.size:
+        for tile in range(low // span.key_tile, (high - 1) // span.key_tile + 1):
+            if not opened[owner, block * span.block + tile]:
+                line[tile * span.key_tile : (tile + 1) * span.key_tile] = MASKED
 
 
 @jit
@@ -160,72 +261,6 @@ def _soften(line: Floats, state: Floats) -> np.float32:
     rest = state[0].ctypes.data, state[2].ctypes.data, state[1].ctypes.data, state[3].ctypes.data
     simd.soften(line.ctypes.data, line.size // PANEL, rest[0], rest[1], rest[2], rest[3])
     return top + bad
-
-
-@entry
-def choose(
-    counter: Numbers, mass: Floats, top: Floats, sinks: Floats, tiles: int, tolerance: float, max_kept: float,
-    rescale: Floats, kept: Bytes, sums: NDArray[np.float64],
-) -> None:  # fmt: skip
-    """Take heads from the queue until it is empty: the tiles without which at most `tolerance` of the head is lost.
-
-    The order in which tiles are dropped is that of their masses, up to an eighth of a power of two.
-
-    Args:
-        mass, top: what `score` left; tiles: key tiles of a head.
-        sinks: (heads,) base-2 logits of a virtual key, or empty.
-        max_kept: if more than this fraction of the tiles with any mass were kept, all are.
-        rescale: (batch * heads, blocks) becomes 2^(maximum of the block - maximum of the head).
-        kept: (batch * heads, blocks * block) becomes 1 for tiles kept, else 0.
-        sums: (batch * heads, 4) becomes the mass kept, that of all tiles, the sink's, and the maximum of the head.
-    """
-    block, bins = mass.shape[1] // top.shape[1], np.empty(_BINS, np.float64)
-    while True:
-        head = simd.take_number(counter.ctypes.data)
-        if head >= mass.shape[0]:
-            return
-        sink = sinks[head % sinks.size] if sinks.size else np.float32(-np.inf)
-        highest = max(sink, top[head].max())
-        for b in range(top.shape[1]):
-            rescale[head, b] = np.float32(2) ** (top[head, b] - highest)
-        free, whole, alive = np.float64(2) ** (sink - highest), 0.0, 0
-        bins[:] = 0
-        for tile in range(tiles):
-            mass[head, tile] *= rescale[head, tile // block]
-            whole += mass[head, tile]
-            alive += mass[head, tile] > 0
-            bins[_bin(mass[head], tile)] += mass[head, tile]
-        count, held = _drop(mass[head, :tiles], bins, tolerance * (whole + free), kept[head])
-        if count > max_kept * alive:
-            for tile in range(tiles):
-                kept[head, tile] = mass[head, tile] > 0
-            held = whole
-        sums[head, 0], sums[head, 1], sums[head, 2], sums[head, 3] = held, whole, free, highest
-
-
-@jit
-def _bin(mass: Floats, tile: int) -> int:
-    """A number that grows with the mass: its exponent and 3 bits of its mantissa."""
-    return int(mass.view(np.uint32)[tile] >> np.uint32(20))
-
-
-@jit
-def _drop(mass: Floats, bins: NDArray[np.float64], spare: float, kept: Bytes) -> tuple[int, float]:
-    """Drop the smallest tiles, `spare` of mass at most; returns the number and the mass of the others."""
-    edge = 0
-    while edge < bins.size and bins[edge] <= spare:
-        spare -= bins[edge]
-        edge += 1
-    kept[:], count, held = 0, 0, 0.0
-    for tile in range(mass.size):
-        here = _bin(mass, tile)
-        if here == edge and mass[tile] <= spare:
-            spare -= mass[tile]
-        elif here >= edge and mass[tile] > 0:
-            kept[tile] = 1
-            count += 1
-            held += mass[tile]
-    return count, held
 
 
 @entry

@@ -42,7 +42,8 @@ class Costs(NamedTuple):
 
 
 DEFAULTS = {"cpu": Costs(1.0, 1.1, 3072)}
-DECODE_FROM = 32768  # keys from which selecting the values of one query is clearly faster than SDPA
+DECODE_FROM = 8192  # keys from which one query's tiles are selected, if the cache has summaries of them
+DECODE_VALUES_FROM = 32768  # keys from which selecting its values alone is clearly faster than SDPA
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 
@@ -66,9 +67,11 @@ def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_d
     return costs(device, dtype, head_dim).shortest if config.min_length is None else config.min_length
 
 
-def decode_from(config: AATConfig) -> int:
-    """Fewest keys that a single query sees for its values to be selected."""
-    return DECODE_FROM if config.decode_from is None else config.decode_from
+def decode_from(config: AATConfig, summarised: bool = True) -> int:
+    """Fewest keys that a single query sees for its tiles to be selected; `summarised`: by an `aat_hf.AATCache`."""
+    if config.decode_from is not None:
+        return config.decode_from
+    return DECODE_FROM if summarised else DECODE_VALUES_FROM
 
 
 def too_dense(density: float, q: Tensor) -> str | None:

@@ -44,7 +44,7 @@ class Recorder(Protocol):
 
 @dataclass
 class LayerRecord:
-    """All calls of one layer that took the same path for the same reason.
+    """All calls of one layer that took the same path for the same reason; those of single queries apart.
 
     Attributes:
         name: module name; layer_idx: its index in the model, if it has one.
@@ -136,7 +136,7 @@ class Report:
 
     def __init__(self, model: nn.Module, keep_maps: bool = False, observables: Iterable[str] = ()) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._records: dict[tuple[str, str, str | None], LayerRecord] = {}
+        self._records: dict[tuple[str, str, str | None, bool], LayerRecord] = {}
         self.keep_maps = keep_maps
         self._observables = metrics.check_names(observables)
         self._latest: tuple[LayerRecord, TileMap | None] | None = None
@@ -147,9 +147,9 @@ class Report:
 
     def add(self, module: nn.Module, result: TiledAttentionResult, queries: int, keys: int) -> None:
         """Record one call of `module`."""
-        key = (self._names[id(module)], result.path, result.reason)
+        key = (self._names[id(module)], result.path, result.reason, queries == 1)
         if key not in self._records:
-            self._records[key] = LayerRecord(key[0], getattr(module, "layer_idx", None), *key[1:])
+            self._records[key] = LayerRecord(key[0], getattr(module, "layer_idx", None), result.path, result.reason)
         self._records[key].update(result, queries * keys, self.keep_maps)
         self._latest = (self._records[key], result.tile_map)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from caches import using
 
 import aat_hf
 
@@ -53,7 +54,7 @@ def test_decoding_token_by_token_agrees_with_one_prefill(model, decode_from):
         aat_hf.configure(model, decode_from=decode_from)
         with aat_hf.record(model) as report:
             for position in range(LENGTH):
-                steps.append(model(ids[:, position : position + 1], past_key_values=cache).logits[0, -1])
+                steps.append(model(ids[:, position : position + 1], **using(cache)).logits[0, -1])
     finally:
         model.config.aat = settings
     assert total_variation(prefill, torch.stack(steps)) <= TOLERANCE

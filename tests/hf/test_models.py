@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from caches import using
 from inputs import Largest
 
 import aat_hf
@@ -118,9 +119,7 @@ def test_chunked_prefill_and_decoding_equal_one_prefill(decoder):
     with torch.no_grad():
         whole = decoder(ids(1)).logits
         cache = tf.DynamicCache(config=decoder.config)
-        parts = [
-            decoder(ids(1)[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 33), (33, 34), (34, 40))
-        ]
+        parts = [decoder(ids(1)[:, a:b], **using(cache)).logits for a, b in ((0, 20), (20, 33), (33, 34), (34, 40))]
     close(whole, torch.cat(parts, 1))
 
 
