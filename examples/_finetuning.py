@@ -145,6 +145,7 @@ def train(
 
     `attention` is "aat", or "sdpa" for the dense twin: the same seed, the same rows in the same order.
     """
+    print(f"{args.steps} steps with {attention}", flush=True)
     tf.set_seed(args.seed)
     model = make(attention)
     check_length(args, model)
@@ -223,6 +224,17 @@ def show(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, rows: Te
     print("infidelity   0: nothing was tiled" if lost is None else f"infidelity   {lost:.4f} ± {half_width:.4f}")
     tiled, faster = aat.logged("aat_tiled_calls"), aat.logged("aat_router_dense_calls")
     print(f"calls        {tiled:.0%} tiled; {faster:.0%} exact because that is faster")
+    if not tiled and args.tolerance:
+        print(f"to see tiles {remedy(args, bool(faster))}")
+
+
+def remedy(args: argparse.Namespace, faster: bool) -> str:
+    """What to change in a run that tiled nothing; `faster`: because exact attention was."""
+    if not faster:
+        return "give more --tokens: such rows are exact"
+    if args.model is None:
+        return "go on from a trained model (--model): the heads of a new one look everywhere"
+    return "give more --tokens, or name the backend (--backend)"
 
 
 def _arguments(args: argparse.Namespace, attention: str) -> tf.TrainingArguments:

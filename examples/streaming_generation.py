@@ -1,10 +1,11 @@
-"""Generate after a long prompt and see the tokens as they come, with the metrics live.
+"""Ask about a long text and see the answer as it comes, with the metrics live.
 
     pip install -e '.[demo]'
     python examples/streaming_generation.py
-    python examples/streaming_generation.py --text book.txt --tokens 7000 --new-tokens 200 --tolerance 0.05
+    python examples/streaming_generation.py --text book.txt --tokens 7000 --new-tokens 200 --ask "Who is it about?"
 
-The text goes to stdout, the metrics to stderr. The prompt runs tiled, each new token exactly.
+The answer goes to stdout, the metrics to stderr. The prompt runs tiled, each new token exactly. A model without a chat
+template, or an empty question, goes on from the text.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from transformers import TextStreamer
 import aat_hf
 from aat_hf.data.progress import notice
 from aat_hf.demo import encode, load_model
+
+QUESTION = "In a few sentences: what is this text about?"
 
 
 class MeteredStreamer(TextStreamer):  # type: ignore[misc]
@@ -69,8 +72,9 @@ class MeteredStreamer(TextStreamer):  # type: ignore[misc]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name on the Hub (SmolLM2-135M-Instruct)")
-    parser.add_argument("--text", type=Path, help="UTF-8 file to go on from (the standard library's source)")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (4096)")
+    parser.add_argument("--text", type=Path, help="UTF-8 file to read (the standard library's source)")
+    parser.add_argument("--ask", default=QUESTION, metavar="QUESTION", help=f"about the text ({QUESTION})")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of text and question (4096)")
     parser.add_argument("--new-tokens", type=int, default=64, help="how many to generate (64)")
     parser.add_argument("--tolerance", type=float, default=0.05)
     args = parser.parse_args(argv)
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, None)
     model.set_attn_implementation("aat")
     aat_hf.configure(model, tolerance=args.tolerance)
-    input_ids = encode(model, tokenizer, args.text, args.tokens)
+    input_ids = asked(tokenizer, encode(model, tokenizer, args.text, args.tokens), args.ask)
     with aat_hf.record(model) as report:
         streamer = MeteredStreamer(tokenizer, report)
         model.generate(
@@ -93,6 +97,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     read, written = input_ids.shape[1], streamer.tokens
     print(f"\n{read} tokens read, {written} generated in {seconds:.2f} s, {streamer.speed:.1f} tokens/s")
     print("milliseconds of attention: " + ", ".join(f"{name} {ms:.0f}" for name, ms in report.milliseconds.items()))
+
+
+def asked(tokenizer: Any, input_ids: torch.Tensor, question: str) -> torch.Tensor:
+    """The prompt, (1, tokens): the question behind so much of the text, (1, tokens), that it is no longer than that."""
+    if not question or tokenizer.chat_template is None:
+        return input_ids
+
+    def turn(text: str) -> list[int]:
+        message = {"role": "user", "content": f"{text}\n\n{question}"}
+        return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True).input_ids)
+
+    room = max(0, input_ids.shape[1] - len(turn("")))
+    return torch.tensor([turn(tokenizer.decode(input_ids[0, :room]))], device=input_ids.device)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_model import save_tiny
+from tiny_model import byte_tokenizer, save_tiny
 from transformers.models.distilbert.modeling_distilbert import create_sinusoidal_embeddings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -107,12 +107,52 @@ def test_github_packs_a_checkout(model: str, tmp_path: Path, capsys: pytest.Capt
     assert 0 < numbers(shown.out, "density")[0] < 1
 
 
+def test_the_demos_read_the_hub(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
+    from datasets import Dataset
+    from mock_hub import mock_hub, use_hub
+
+    wikitext, code = tmp_path / "hub" / "Salesforce" / "wikitext", tmp_path / "hub" / "some" / "code"
+    for folder in (wikitext, code):
+        folder.mkdir(parents=True)
+    files = "{config_name: wikitext-2-raw-v1, data_files: [{split: test, path: test.parquet}]}"
+    (wikitext / "README.md").write_text(f"---\nconfigs:\n- {files}\n---\n")
+    lines = ["\n", " = A title = \n", "\n", *40 * [" words of an article \n"]]
+    Dataset.from_dict({"text": lines}).to_parquet(str(wikitext / "test.parquet"))
+    (code / "README.md").write_text("# Code\n")
+    content = [12 * f"def function{number}(argument):\n    return {number} * argument\n" for number in range(4)]
+    columns = {"content": content, "path": [f"{n}.py" for n in range(4)], "license": 4 * ["mit"]}
+    Dataset.from_dict(columns).to_parquet(str(code / "train-00000-of-00001.parquet"))
+    with mock_hub(tmp_path / "hub") as (endpoint, _):
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        run("wikitext_demo.py", "--model", model, "--tokens", "300", "--tolerance", "0.5")
+        shown = capsys.readouterr()
+        assert "WikiText-2: 299 tokens predicted" in shown.out and "in its place" not in shown.err
+        run("github_demo.py", "some/code", "--model", model, "--tokens", "600", "--tolerance", "0.5")
+    assert "4 files (4 mit) make 4 sequences of 600 tokens" in capsys.readouterr().out
+
+
 def test_generation_streams_with_its_metrics(model: str, capsys: pytest.CaptureFixture[str]):
     run("streaming_generation.py", "--model", model, "--tokens", "300", "--new-tokens", "40", "--tolerance", "0.5")
     shown = capsys.readouterr()
     assert "[first token after" in shown.err and "infidelity" in shown.err and "[32 tokens," in shown.err
     assert "300 tokens read, 40 generated" in shown.out
     assert "milliseconds of attention: " in shown.out
+
+
+def test_generation_answers_a_question_where_there_is_a_chat_template():
+    asked = runpy.run_path(str(EXAMPLES / "streaming_generation.py"))["asked"]
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor([tokenizer("words of a long text " * 20).input_ids[:300]])
+    assert asked(tokenizer, ids, "What is it?") is ids
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}<answer>"
+    assert asked(tokenizer, ids, "") is ids
+    prompt = asked(tokenizer, ids, "What is it?")
+    text = tokenizer.decode(prompt[0])
+    assert prompt.shape == (1, 300)
+    assert text.startswith("<user>words of") and text.endswith("\n\nWhat is it?<answer>")
 
 
 @pytest.mark.parametrize("name", ["finetune_gpt2.py", "finetune_bert.py"])
@@ -135,6 +175,20 @@ def test_finetuning_without_tolerance_equals_its_twin(
     shown = capsys.readouterr().out
     assert numbers(shown, "aat ")[:3] == pytest.approx(numbers(shown, "dense ")[:3], abs=1.5e-4)
     assert "nothing was tiled" in shown
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [("MAX_KEPT", "0.01", "go on from a trained model (--model)"), ("MIN_LENGTH", "4000", "give more --tokens: such")],
+)
+def test_finetuning_says_why_nothing_was_tiled(
+    setting: str, value: str, said: str, training: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setenv(f"AAT_{setting}", value)
+    monkeypatch.setenv("AAT_BACKEND", "auto")
+    run("finetune_gpt2.py", *training, "--tolerance", "0.5")
+    shown = capsys.readouterr().out
+    assert "0% tiled" in shown and f"to see tiles {said}" in shown
 
 
 @pytest.mark.parametrize(
@@ -181,6 +235,7 @@ def test_finetuning_other_models_and_too_long_rows(model: str, training: list[st
     run("finetune_gpt2.py", *training, "--model", model, "--steps", "2")
     assert "LlamaForCausalLM" in capsys.readouterr().out
     run("finetune_gpt2.py", *training, "--output", str(tmp_path / "short"))
+    assert "to see tiles" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="short has 320 positions: give at most as many --tokens"):
         run("finetune_gpt2.py", *training, "--model", str(tmp_path / "short"), "--tokens", "400")
 

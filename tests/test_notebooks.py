@@ -20,7 +20,7 @@ SMALL = {  # the parameters of each notebook, and what it must print
     "quickstart": (READING + "TOLERANCE = 0.5", "loss: dense "),
     "tolerance_and_error": (READING + "TOLERANCES = (0.5, 0.2)\nBUCKETS = 2", "perplexity at"),
     "inside_a_head": (READING + "TOLERANCE = 0.5\nLAYER = 1\nHEAD = 0", "probability in the tiles that were left out"),
-    "finetuning": ("TOKENS = 320\nSTEPS = 3\nTOLERANCE = 0.5\nWIDTH = 32\nCHARACTERS = 20_000", "aat_density"),
+    "finetuning": (READING + "STEPS = 3\nTOLERANCE = 0.5\nCHARACTERS = 20_000", "'aat_tiled_calls': 1.0"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from aat_hf.hf import operator
 from aat_hf.hf.collector import OBSERVABLES, Collector, LayerSums, layer_metrics, merge, model_metrics
 from aat_hf.hf.reporters import MetricsCallback
 from aat_hf.hf.schedule import Curve, ToleranceSchedule
@@ -108,6 +109,8 @@ class AATCallback(MetricsCallback, ExportableState):
         parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
         if not any(part.config._attn_implementation == "aat" for part in parts):
             _log.warning('no part of %s attends with "aat": AATCallback logs speed and memory', type(model).__name__)
+        elif args.torch_compile and not operator.SUPPORTED:
+            _log.warning("torch %s compiles exact attention; tiles in a compiled model need torch 2.13", torch.__version__)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

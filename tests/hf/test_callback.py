@@ -116,6 +116,18 @@ def test_another_implementation_is_pointed_out(tmp_path, caplog):
     assert "aat_peak_memory_mib" in logged(trained)[0] and "aat_density" not in logged(trained)[0]
 
 
+def test_a_torch_that_cannot_compile_tiles_is_pointed_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("aat_hf.hf.operator.SUPPORTED", False)
+    args = arguments(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    trained = trainer(language_model(), args, [AATCallback()])
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "aat_hf"):
+        trained.train()
+    torch._dynamo.reset()
+    assert "compiles exact attention; tiles in a compiled model need torch 2.13" in caplog.text
+    assert "aat_peak_memory_mib" in logged(trained)[0] and "aat_density" not in logged(trained)[0]
+
+
 def test_only_sampled_micro_batches_are_audited(tmp_path, monkeypatch):
     audits = []
     from aat_hf import attention
