@@ -108,8 +108,10 @@ def asked(tokenizer: Any, input_ids: torch.Tensor, question: str) -> torch.Tenso
         message = {"role": "user", "content": f"{text}\n\n{question}"}
         return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True).input_ids)
 
-    room = max(0, input_ids.shape[1] - len(turn("")))
-    return torch.tensor([turn(tokenizer.decode(input_ids[0, :room]))], device=input_ids.device)
+    room = limit = input_ids.shape[1]
+    while len(prompt := turn(tokenizer.decode(input_ids[0, :room]))) > limit and room:
+        room = max(0, room - len(prompt) + limit)
+    return torch.tensor([prompt], device=input_ids.device)
 
 
 if __name__ == "__main__":

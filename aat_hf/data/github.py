@@ -76,4 +76,6 @@ def _rows(sources: Sequence[Checkout | HubRows], filters: CodeFilters) -> Iterat
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     notice(f"{kept} of {kept + dropped.total()} files kept; left out: {reasons or 'none'}")
     if not kept:
-        raise DatasetUnavailableError(f"no file passed the filters (left out: {reasons}): loosen them")
+        raise DatasetUnavailableError(
+            f"no file passed the filters (left out: {reasons}): loosen them (licenses=None keeps any licence)"
+        )

@@ -72,7 +72,7 @@ def _report(args: argparse.Namespace, predictions: list[PredictionResult], tasks
     if predictions:
         parts.append(f"Next-token predictions, text: {args.text}\n\n{prediction_tables(predictions)}")
     if tasks:
-        parts.append(f"Tasks, {args.examples} examples of seed {args.seed}\n\n{task_table(tasks)}")
+        parts.append(f"Tasks, examples of each: {args.examples} (seed {args.seed})\n\n{task_table(tasks)}")
     return "\n\n".join(parts)
 
 

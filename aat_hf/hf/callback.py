@@ -110,7 +110,9 @@ class AATCallback(MetricsCallback, ExportableState):
         if not any(part.config._attn_implementation == "aat" for part in parts):
             _log.warning('no part of %s attends with "aat": AATCallback logs speed and memory', type(model).__name__)
         elif args.torch_compile and not operator.SUPPORTED:
-            _log.warning("torch %s compiles exact attention; tiles in a compiled model need torch 2.13", torch.__version__)
+            _log.warning(
+                "torch %s compiles exact attention; tiles in a compiled model need torch 2.13", torch.__version__
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -8,10 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from aat_hf.data.sources import optional_module
 from aat_hf.publish.card import render_card
 from aat_hf.publish.errors import PublishError
 from aat_hf.publish.evaluation import evaluation_tables
 from aat_hf.publish.model import save_model, weight_files
+from aat_hf.publish.picture import PICTURE, draw_losses
 from aat_hf.publish.training import Training, loss_table, read_training, write_log
 
 SUMS = "SHA256SUMS"
@@ -53,9 +55,11 @@ def build(sources: Sources, target: Path) -> None:
 
     Raises:
         PublishError: A file or number is missing, or something is at the target already; nothing is left there.
+        ImportError: matplotlib is not installed.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PublishError(f"{target} exists: give a new folder, or move it away")
+    optional_module("matplotlib", "viz")  # before the work, not after it
     training = read_training(sources.trained)
     dense = None if sources.dense is None else read_training(sources.dense)
     tables = evaluation_tables(sources.evaluation)
@@ -88,6 +92,8 @@ def _fill(made: Path, sources: Sources, training: Training, dense: Training | No
     write_log(training, made / "training_log.csv")
     if dense is not None:
         write_log(dense, made / "training_log_dense.csv")
+    losses = loss_table(training, dense)  # refuses a twin of other steps
+    draw_losses(training, dense, made / PICTURE)
     card = render_card(
         sources.template,
         vars(sources)
@@ -97,7 +103,8 @@ def _fill(made: Path, sources: Sources, training: Training, dense: Training | No
             "weights_bytes": sum(weights.values()),
             "training": training,
             "dense": dense,
-            "loss_table": loss_table(training, dense),
+            "loss_table": losses,
+            "loss_picture": PICTURE,
             "evaluation": tables,
             "picture": picture,
         },

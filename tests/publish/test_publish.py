@@ -29,11 +29,12 @@ def test_the_repository_is_whole(trained: Path, tmp_path: Path):
     assert files == {
         "LICENSE", "README.md", "SHA256SUMS", "config.json", "configuration_aat.py", "configuration_aat_gpt2.py",
         "eval/eval.png", "eval/predictions.csv", "generation_config.json", "model.safetensors", "modeling_aat.py",
-        "modeling_aat_gpt2.py", "tokenizer.json", "tokenizer_config.json", "training_log.csv", "training_log_dense.csv",
+        "modeling_aat_gpt2.py", "tokenizer.json", "tokenizer_config.json", "training.png", "training_log.csv",
+        "training_log_dense.csv",
     }  # fmt: skip
     sums = dict(reversed(line.split("  ")) for line in (target / "SHA256SUMS").read_text().splitlines())
     assert sums == {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in files - {"SHA256SUMS"}}
-    for name in files - {"eval/eval.png", "model.safetensors"}:
+    for name in files - {"eval/eval.png", "training.png", "model.safetensors"}:
         assert str(tmp_path) not in (target / name).read_text("utf-8"), name
 
     ids = Bytes()[0]["input_ids"][None]
@@ -67,7 +68,8 @@ def test_the_card_holds_what_was_measured(trained: Path, tmp_path: Path):
     parameters = sum(p.numel() for p in tf.AutoModelForCausalLM.from_pretrained(target).parameters())
     assert cells["parameters"] == [f"{parameters:,}"]
     assert evaluation_tables(trained / "eval")["predictions.csv"] in card.text
-    assert "![Evaluation](eval/eval.png)" in card.text and card.text.lstrip().startswith("# A name")
+    assert "![Training loss](training.png)" in card.text and "![Evaluation](eval/eval.png)" in card.text
+    assert card.text.lstrip().startswith("# A name")
 
 
 def test_without_a_twin_the_card_has_one_column(trained: Path, tmp_path: Path):
