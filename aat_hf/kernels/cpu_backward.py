@@ -31,6 +31,7 @@ from aat_hf.kernels.cpu_matrices import (
     seen_keys,
     store,
 )
+from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LOWEST, PANEL
 
 QUERIES = 64  # fewer than forward: P and dS of all of them are held too
@@ -234,18 +235,23 @@ def backward(
         sum_k, sum_v: (chunks, keys, padded dim), not initialised.
         touched: (chunks, key_tiles) uint8, set where sum_k and sum_v hold something.
     """
+    q, k, v, out, d_out, lse, d_lse, grid = borrowed((q, k, v, out, d_out, lse, d_lse, grid))
+    centroids, skipped, edges, d_q, touched = borrowed((centroids, skipped, edges, d_q, touched))
+    sum_k, sum_v, sum_mean_k, sum_mean_v = borrowed((sum_k, sum_v, sum_mean_k, sum_mean_v))
     dim, value_dim = max(q.wide.shape[1], q.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     most = min(padded(grid.query_tile), QUERIES)
-    work = Backward(
+    memory = Backward(
         aligned(most * dim), aligned(most * value_dim), aligned(most * dim), aligned(most * sum_k.shape[2]),
         aligned(most * sum_v.shape[2]), aligned(KEYS * most), aligned(KEYS * most), aligned(most), aligned(most),
         aligned(PANEL), aligned(PANEL), aligned(most * max(dim, value_dim)), aligned(most * value_dim),
         aligned(KEYS * sum_k.shape[2]), aligned(KEYS * sum_v.shape[2]),
     )  # fmt: skip
+    work = borrowed(memory)
     work.ones.fill(1)
     while True:
         chunk = simd.take_number(counter.ctypes.data)
         if chunk >= sum_k.shape[0]:
+            hold(memory)
             return
         for row in range(edges[chunk], edges[chunk + 1]):
             head, kv_head, tile_first, tile_end = place(row, grid)
@@ -283,6 +289,7 @@ def reduce(
     chunks: int, out: Matrix,
 ) -> None:  # fmt: skip
     """Take key tiles of heads of k and v; add their `chunks` sums in order and write them to `out`."""
+    sums, touched, out = borrowed((sums, touched, out))
     dim = max(out.wide.shape[1], out.bits.shape[1])
     tiles = (keys - 1) // key_tile + 1
     total = aligned(dim)

@@ -14,6 +14,7 @@ from torch import Tensor
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import entry, jit
 from aat_hf.kernels.cpu_threads import run
+from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.tiling.masks import NONE
 
 _CELL_WORK = 32  # about as many multiply-adds take as long as one tile
@@ -55,11 +56,14 @@ def choose(
         tolerance: (batch, heads).
         free: (batch, heads, query_tiles), in units.
     """
+    mass, forced, states, tolerance, free, kept = borrowed((mass, forced, states, tolerance, free, kept))
     batch, heads, query_tiles, tiles = mass.shape
-    spare, larger = np.empty(tiles, np.float32), np.empty(tiles, np.float32)
+    memory = np.empty(tiles, np.float32), np.empty(tiles, np.float32)
+    spare, larger = borrowed(memory)
     while True:
         taken = simd.take_number(counter.ctypes.data)
         if taken >= batch * heads * query_tiles:
+            hold(memory)
             return
         b, h, row = taken // query_tiles // heads, taken // query_tiles % heads, taken % query_tiles
         must = forced[min(b, forced.shape[0] - 1), min(h, forced.shape[1] - 1), row]

@@ -30,6 +30,7 @@ from aat_hf.kernels.cpu_matrices import (
     seen_keys,
     store,
 )
+from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
 
 QUERIES = 128  # queries whose Q^T and O^T are held at once
@@ -182,17 +183,21 @@ def forward(
         skipped: (tiles, pieces) uint8, set to 1 where the skip rule left out a piece (panel and block of keys).
         lse_exact: with centroids, the log-sum-exp of the exact tiles alone; there is no skip rule then.
     """
+    q, k, v, grid, centroids, out = borrowed((q, k, v, grid, centroids, out))
+    lse, lost, skipped, lse_exact = borrowed((lse, lost, skipped, lse_exact))
     dim, value_dim = max(q.wide.shape[1], q.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     most = min(padded(grid.query_tile), QUERIES)
-    work = Forward(
+    memory = Forward(
         aligned(most * dim), aligned(most * value_dim), aligned(KEYS * PANEL),
         aligned(most * 5).reshape(-1, 5, PANEL), aligned(most * max(dim, value_dim)), aligned(KEYS * dim),
         aligned(KEYS * value_dim),
     )  # fmt: skip
+    work = borrowed(memory)
     while True:
         taken = simd.take_number(counter.ctypes.data)
         row = len(grid.starts) - 2 - taken  # a causal mask's longest rows first
         if row < 0:
+            hold(memory)
             return
         head, kv_head, tile_first, tile_end = place(row, grid)
         for first in range(tile_first, tile_end, most):

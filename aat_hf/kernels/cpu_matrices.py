@@ -22,23 +22,23 @@ KEYS = 64  # keys whose scores are held at once
 Floats: TypeAlias = NDArray[np.float32]
 Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
-jit = njit(nogil=True, boundscheck=False, error_model="numpy")
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+jit = njit(**_OPTIONS)
 # numba's cache looks at a loop's own file only
-_SHARED = ("simd.py", "simd_emit.py", "simd_rows.py", "simd_dots.py", "cpu_matrices.py", "cpu_row_tiles.py")
+_SHARED = sorted(path.name for pattern in ("simd*.py", "cpu_*.py") for path in Path(__file__).parent.glob(pattern))
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
 
 
 def entry(function: Any) -> Any:
     """Compile a loop that is called from Python, and cache the result on disk where numba finds a place."""
-    options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     # The cache's file is named after this, so that a change of what all loops share counts.
     function.__qualname__ = f"{function.__name__}_{LANES}_{_CODE[:16]}"
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError as error:
         text = "every process will compile the CPU kernels anew, set NUMBA_CACHE_DIR to a writable directory: %s"
         logging.getLogger("aat_hf").warning(text, error)
-        return njit(**options)(function)
+        return njit(**_OPTIONS)(function)
 
 
 class Matrix(NamedTuple):

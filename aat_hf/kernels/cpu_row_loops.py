@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, aligned, entry, jit, load
+from aat_hf.kernels.cpu_bytes import BytePanel, round_panel
+from aat_hf.kernels.cpu_matrices import Matrix, Rule, aligned, entry, jit, load
 from aat_hf.kernels.cpu_row_tiles import (
+    KEYS,
     LARGEST,
     TOTAL,
+    Keys,
     Rows,
     Slots,
     Summary,
@@ -25,16 +28,20 @@ from aat_hf.kernels.cpu_row_tiles import (
     totals,
     whole_tiles,
 )
+from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_dots import dots
 from aat_hf.kernels.simd_emit import LOWEST, PANEL, VECTORS
 
 
 @jit
-def _pack_rows(
-    q: Matrix, head: int, batch: int, panel: int, see: Rows, rule: Rule, queries: NDArray[np.float32],
-    squares: NDArray[np.float32], slots: Slots,
-) -> None:  # fmt: skip
+def _pack_rows(q: Matrix, head: int, batch: int, panel: int, see: Rows, rule: Rule, small: bool, slots: Slots) -> None:
     """The panel's rows times the factor and their squares, transposed, and the keys that they see."""
+    queries, squares = slots.queries, slots.squares
+    for i in range(PANEL):  # far apart in memory: all are asked for before the first is needed
+        row = head * see.queries + see.rows[min(panel * PANEL + i, len(see.rows) - 1)]
+        simd.prefetch(
+            q.wide[row:].ctypes.data if q.kind == 0 else q.bits[row:].ctypes.data, queries.size // PANEL // 16
+        )
     for i in range(PANEL):
         row = see.rows[min(panel * PANEL + i, len(see.rows) - 1)]
         values = load(q, head * see.queries + row, 1, slots.scratch)
@@ -46,6 +53,9 @@ def _pack_rows(
         squares[i] = (queries[i] * rule.scale) ** 2
     for i in range(queries.size):
         queries[i] *= rule.factor
+    if small:
+        round_panel(queries, slots.small_queries)
+        round_panel(squares, slots.small_squares)
 
 
 @jit
@@ -60,7 +70,7 @@ def _band(summary: Summary, see: Rows, batch: int, panel: int) -> tuple[int, int
 
 @entry
 def measure(
-    counter: NDArray[np.int64], q: Matrix, k: Matrix, see: Rows, summary: Summary, rule: Rule,
+    counter: NDArray[np.int64], q: Matrix, k: Keys, see: Rows, summary: Summary, rule: Rule,
     probability: NDArray[np.float32], lse: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Take groups of rows from the queue until it is empty: whole rows of the result, a panel at least.
@@ -70,24 +80,27 @@ def measure(
             of the rows that see a key.
         lse: (batch * heads * R,), natural; -inf for rows that see no key.
     """
+    q, k, see, summary, probability, lse = borrowed((q, k, see, summary, probability, lse))
     dim, count, tiles = max(q.wide.shape[1], q.bits.shape[1]), len(see.rows), probability.shape[1]
     panels, groups = (count - 1) // PANEL + 1, max(1, summary.groups)
     share = max(1, see.together // PANEL)  # panels of a row of the result
     shares = (panels - 1) // share + 1
-    queries, squares = aligned(dim * PANEL), aligned(dim * PANEL)
-    slots = Slots(
-        aligned(tiles * groups * PANEL), aligned(tiles * PANEL), np.empty(tiles, np.uint8), aligned(KEYS * PANEL),
-        aligned(KEYS * PANEL), aligned(KEYS * dim), aligned(4 * PANEL).reshape(4, PANEL), aligned(PANEL * PANEL),
+    memory = Slots(
+        aligned(dim * PANEL), aligned(dim * PANEL), _bytes(dim), _bytes(dim), aligned(tiles * groups * PANEL),
+        aligned(tiles * PANEL), np.empty(tiles, np.uint8), aligned(KEYS * PANEL), aligned(KEYS * PANEL),
+        aligned(KEYS * dim), aligned(4 * PANEL).reshape(4, PANEL), aligned(PANEL * PANEL),
         np.empty(KEYS * PANEL, np.uint8), np.empty(PANEL, np.int64), np.empty(PANEL, np.int64),
     )  # fmt: skip
+    slots = borrowed(memory)
     while True:
         taken = simd.take_number(counter.ctypes.data)
         if taken >= lse.size // count * shares:
+            hold(memory)
             return
         part = shares - 1 - taken % shares  # a causal mask's longest rows first
         head = taken // shares
         for panel in range(part * share, min(part * share + share, panels)):
-            _measure_panel(q, k, see, summary, rule, head, panel, queries, squares, slots, probability, lse)
+            _measure_panel(q, k, see, summary, rule, head, panel, slots, probability, lse)
         first, last = part * share * PANEL, min((part + 1) * share * PANEL, count)
         for row in range(first // see.together, (last - 1) // see.together + 1):
             alive = 0
@@ -98,16 +111,22 @@ def measure(
 
 
 @jit
+def _bytes(dim: int) -> BytePanel:
+    """Room for a rounded panel."""
+    words = np.empty(((dim - 1) // 4 + 1) * PANEL, np.int32)
+    return BytePanel(words, aligned(PANEL), aligned(PANEL), np.empty(PANEL, np.int32))
+
+
+@jit
 def _measure_panel(
-    q: Matrix, k: Matrix, see: Rows, summary: Summary, rule: Rule, head: int, panel: int, queries: NDArray[np.float32],
-    squares: NDArray[np.float32], slots: Slots, probability: NDArray[np.float32], lse: NDArray[np.float32],
+    q: Matrix, k: Keys, see: Rows, summary: Summary, rule: Rule, head: int, panel: int, slots: Slots,
+    probability: NDArray[np.float32], lse: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Add one panel's softmax over the tiles to the result."""
-    dim, tiles, groups = len(queries) // PANEL, probability.shape[1], max(1, summary.groups)
-    q_at, square_at = queries.ctypes.data, squares.ctypes.data
+    tiles, groups = probability.shape[1], max(1, summary.groups)
     batch = head // see.heads
     kv_head = batch * see.kv_heads + head % see.heads // (see.heads // see.kv_heads)
-    _pack_rows(q, head, batch, panel, see, rule, queries, squares, slots)
+    _pack_rows(q, head, batch, panel, see, rule, k.small.scale.size > 0, slots)
     low, high = slots.first.min() // see.key_tile, (slots.last.max() - 1) // see.key_tile + 1
     inside = whole_tiles(see, slots)
     near, far, sink = low, high, high
@@ -127,10 +146,10 @@ def _measure_panel(
             while after < end and is_whole(see, batch, after, inside) == whole:
                 after += 1
         if exact:
-            exact_tiles(k, kv_head * see.keys, see, batch, tile, after - tile, groups, whole, rule, q_at, slots, dim)
+            exact_tiles(k, kv_head * see.keys, see, batch, tile, after - tile, groups, whole, rule, slots)
         else:
             first = kv_head * tiles * groups
-            predict_tiles(summary, see, batch, first, tile, after - tile, whole, rule, q_at, square_at, slots, dim)
+            predict_tiles(summary, see, batch, first, tile, after - tile, whole, rule, slots)
         tile = after
     _normalise(slots, low, high, groups, logit, head * len(see.rows), panel * PANEL, see, probability, lse)
 

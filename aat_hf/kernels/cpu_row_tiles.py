@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_matrices import KEYS, Matrix, Rule, jit, load
+from aat_hf.kernels.cpu_bytes import BytePanel, ByteRows
+from aat_hf.kernels.cpu_matrices import Floats, Matrix, Rule, jit, load
+from aat_hf.kernels.simd_bytes import scores_bytes
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
 from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside, tile_totals, weigh_tiles
 
+KEYS = 128  # keys, or groups of keys, whose scores are held at once
 TOTAL, LARGEST, BLOCK, UNREAD = range(4)  # rows of `Slots.state`
 
 
@@ -47,11 +50,19 @@ class Rows(NamedTuple):
     key_tile: int
 
 
+class Keys(NamedTuple):
+    """The rows of all keys: `wide` as they are, or in their place `small`, rounded."""
+
+    wide: Matrix
+    small: ByteRows
+
+
 class Summary(NamedTuple):
     """Moments of groups of keys, for prediction.
 
     Attributes:
-        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32.
+        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32; or in their place the same, rounded:
+        small_mean, small_variance.
         critical, log_size: (key_tiles * groups,) float32: sqrt(2 ln n) and log2 n of each group.
         groups: of a tile; 0: nothing is predicted, every tile is exact.
         near: (batch or 1, queries) int64, first tile of each row's local band; `width` tiles are exact from there.
@@ -59,8 +70,10 @@ class Summary(NamedTuple):
         natural: factor of the squared scale * q, so that variances give natural scores.
     """
 
-    mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
+    mean: Floats
+    variance: Floats
+    small_mean: ByteRows
+    small_variance: ByteRows
     critical: NDArray[np.float32]
     log_size: NDArray[np.float32]
     groups: int
@@ -74,6 +87,8 @@ class Slots(NamedTuple):
     """What one thread knows of its panel's tiles.
 
     Attributes:
+        queries, squares: (dim * PANEL,) the rows times the factor and their squares, transposed.
+        small_queries, small_squares: the same, rounded, where they are in use.
         mass: (tiles * groups * PANEL,) base-2 log masses, later masses relative to the row's largest.
         weight: (tiles * PANEL,) factor of a tile's mass, where `weighted`.
         weighted: (tiles,) uint8.
@@ -85,6 +100,10 @@ class Slots(NamedTuple):
         first, last: (PANEL,) int64, each row sees the keys first <= j < last.
     """
 
+    queries: Floats
+    squares: Floats
+    small_queries: BytePanel
+    small_squares: BytePanel
     mass: NDArray[np.float32]
     weight: NDArray[np.float32]
     weighted: NDArray[np.uint8]
@@ -106,8 +125,8 @@ def address(x: NDArray[np.float32], row: int) -> int:
 
 @jit
 def exact_tiles(
-    k: Matrix, k_first: int, see: Rows, batch: int, tile: int, count: int, groups: int, whole: bool, rule: Rule,
-    q_at: int, slots: Slots, dim: int,
+    k: Keys, k_first: int, see: Rows, batch: int, tile: int, count: int, groups: int, whole: bool, rule: Rule,
+    slots: Slots,
 ) -> None:  # fmt: skip
     """Maximum and total of `count` tiles' exact scores: one tile, or several with `KEYS` keys at most together."""
     here, top = address(slots.state, BLOCK), slots.state[LARGEST]
@@ -118,7 +137,7 @@ def exact_tiles(
     if groups > 1 or end - first > KEYS:
         slots.mass[tile * groups * PANEL : (tile + count) * groups * PANEL] = LOWEST
     if end - first <= KEYS:  # tiles of one block share their maximum
-        _score(k, k_first, see, batch, first, end - first, whole, rule, q_at, slots, dim)
+        _score(k, k_first, see, batch, first, end - first, whole, rule, slots)
         full = (end - first) // see.key_tile
         if full:
             tile_totals(slots.scores.ctypes.data, see.key_tile, full, here, mass, groups * PANEL, total)
@@ -129,7 +148,7 @@ def exact_tiles(
         slots.weight[tile * PANEL : (tile + 1) * PANEL] = 0
         for key in range(first, end, KEYS):
             keys = min(KEYS, end - key)
-            _score(k, k_first, see, batch, key, keys, whole, rule, q_at, slots, dim)
+            _score(k, k_first, see, batch, key, keys, whole, rule, slots)
             simd.soften(slots.scores.ctypes.data, keys, mass, here, total, address(slots.state, UNREAD))
     for i in range(PANEL):
         top[i] = max(top[i], slots.state[BLOCK, i])
@@ -137,20 +156,30 @@ def exact_tiles(
 
 @jit
 def _score(
-    k: Matrix, k_first: int, see: Rows, batch: int, key: int, keys: int, whole: bool, rule: Rule, q_at: int,
-    slots: Slots, dim: int,
-) -> None:  # fmt: skip
+    k: Keys, k_first: int, see: Rows, batch: int, key: int, keys: int, whole: bool, rule: Rule, slots: Slots
+) -> None:
     """Base-2 scores of the `keys` keys from `key` on, `KEYS` at most; raises the maximum in `slots.state`."""
     here, unused, scores = address(slots.state, BLOCK), address(slots.state, UNREAD), slots.scores.ctypes.data
-    k_at = load(k, k_first + key, keys, slots.scratch).ctypes.data
-    if whole and not rule.capped:
-        simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here)
-        return
-    simd.scores(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, 0)
+    final = whole and not rule.capped
+    if k.small.scale.size:
+        _small_products(k.small, k_first + key, keys, slots.small_queries, scores, here if final else unused)
+    else:
+        rows, dim = load(k.wide, k_first + key, keys, slots.scratch), slots.queries.size // PANEL
+        k_at, q_at = rows.ctypes.data, slots.queries.ctypes.data
+        simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here if final else unused)
     if rule.capped:
         simd.cap_scores(scores, keys, here if whole else unused, rule.inner, rule.outer)
     if not whole:
         _hide(see, batch, key, keys, slots, scores, here)
+
+
+@jit
+def _small_products(rows: ByteRows, first: int, count: int, panel: BytePanel, out: int, top: int) -> None:
+    """Products of `count` rounded rows with a rounded panel; raises the maximum at `top`."""
+    width = rows.bytes.shape[1]
+    at, scale = rows.bytes.ctypes.data + first * width, rows.scale.ctypes.data + first * 4
+    q_at, q_scale, shift = panel.words.ctypes.data, panel.scale.ctypes.data, panel.shift.ctypes.data
+    scores_bytes(at, count, width // 4, scale, q_at, q_scale, shift, out, top)
 
 
 @jit
@@ -169,9 +198,8 @@ def _hide(see: Rows, batch: int, key: int, keys: int, slots: Slots, scores: int,
 
 @jit
 def predict_tiles(
-    summary: Summary, see: Rows, batch: int, base: int, tile: int, count: int, whole: bool, rule: Rule, q_at: int,
-    square_at: int, slots: Slots, dim: int,
-) -> None:  # fmt: skip
+    summary: Summary, see: Rows, batch: int, base: int, tile: int, count: int, whole: bool, rule: Rule, slots: Slots
+) -> None:
     """Base-2 log masses of every summary of `count` tiles; `base` is the head's first summary."""
     one, log2e = np.float32(1), np.float32(1 / math.log(2))
     top, spreads = address(slots.state, LARGEST if whole else UNREAD), slots.spreads.ctypes.data
@@ -179,9 +207,7 @@ def predict_tiles(
     for place in range(tile * summary.groups, (tile + count) * summary.groups, KEYS):
         groups = min(KEYS, (tile + count) * summary.groups - place)
         at = address(slots.mass, place)
-        mean, variance = summary.mean[base + place :].ctypes.data, summary.variance[base + place :].ctypes.data
-        simd.scores(mean, dim, groups, q_at, PANEL, at, PANEL, dim, 0)
-        simd.scores(variance, dim, groups, square_at, PANEL, spreads, PANEL, dim, 0)
+        _moment_products(summary, base + place, groups, slots, at, spreads)
         critical, size = summary.critical[place:].ctypes.data, summary.log_size[place:].ctypes.data
         if rule.capped:
             inner, outer = one / summary.softcap, summary.softcap * log2e
@@ -191,6 +217,20 @@ def predict_tiles(
     if not whole:
         for cut in range(tile, tile + count):
             _weigh(see, batch, cut, summary.groups, slots)
+
+
+@jit
+def _moment_products(summary: Summary, first: int, count: int, slots: Slots, means: int, spreads: int) -> None:
+    """Products of the means and of the variances of `count` groups from `first` on."""
+    if summary.small_mean.scale.size:
+        unread = address(slots.state, UNREAD)
+        _small_products(summary.small_mean, first, count, slots.small_queries, means, unread)
+        _small_products(summary.small_variance, first, count, slots.small_squares, spreads, unread)
+        return
+    dim = summary.mean.shape[1]
+    mean, variance = summary.mean.ctypes.data + first * dim * 4, summary.variance.ctypes.data + first * dim * 4
+    simd.scores(mean, dim, count, slots.queries.ctypes.data, PANEL, means, PANEL, dim, 0)
+    simd.scores(variance, dim, count, slots.squares.ctypes.data, PANEL, spreads, PANEL, dim, 0)
 
 
 @jit

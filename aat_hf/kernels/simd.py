@@ -13,9 +13,10 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # llvmlite has no annotations
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aat_hf.kernels.simd_emit import FEW, I64, LANES, PANEL, POINTER, ROWS, VB, VECTORS, Emit, kernel
+from aat_hf.kernels.simd_emit import FEW, I32, I64, LANES, PANEL, POINTER, ROWS, VB, VECTORS, Emit, kernel
 
 
 def _product(by_row: bool, start: str = "zero", top: bool = False) -> Any:
@@ -159,6 +160,22 @@ soften = kernel("iiiiii", _emit_softmax)
 # (p, ds, row stride, rows, lse, delta, scale, inner, outer): from scores in p and dP in ds to P = 2^(p - lse) and
 # dS = scale * P * (dP - delta), one panel of both; `capped` first caps the scores as `cap_scores` does.
 gradient, gradient_capped = _gradient(False), _gradient(True)
+
+
+def _emit_prefetch(e: Emit, address: Any, lines: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    function = cgutils.get_or_insert_function(e.b.module, kind, "llvm.prefetch.p0")
+
+    def one(i: Any, _: list[Any]) -> list[Any]:
+        place = e.b.inttoptr(e.b.add(address, e.b.shl(i, I64(6))), POINTER)
+        e.b.call(function, [place, I32(0), I32(3), I32(1)])
+        return []
+
+    e.loop(lines, [], one)
+
+
+# (address, lines): so many cache lines of 64 bytes, one at least, are brought near.
+prefetch = kernel("ii", _emit_prefetch)
 
 
 @intrinsic

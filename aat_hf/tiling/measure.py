@@ -34,10 +34,12 @@ def measure_rows(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    rough: bool = False,
 ) -> RowMasses:
-    """Born probabilities of the key tiles and log-sum-exp of the query `rows` (R,), exact.
+    """Born probabilities of the key tiles and log-sum-exp of the query `rows` (R,), exact unless `rough`.
 
     Args:
+        rough: on processors that are faster with them, scores may come from q and k rounded to 8 bits, row by row.
         q: (batch, heads, queries, head_dim).
         k: (batch, kv_heads, keys, head_dim).
         sinks: (heads,) logits of one more key, which belongs to no tile.
@@ -48,7 +50,8 @@ def measure_rows(
     if on_cpu_kernels(mask, q):
         from aat_hf.kernels import cpu_rows  # numba, loaded when needed
 
-        return RowMasses(*cpu_rows.measure_rows(q, k, mask, rows, key_tile, scale, softcap, sinks=sinks))
+        how = (key_tile, scale, softcap)
+        return RowMasses(*cpu_rows.measure_rows(q, k, mask, rows, *how, sinks=sinks, rough=rough))
     return normalised(_tile_log_mass(q, k, mask, rows, key_tile, scale, softcap), sinks)
 
 
@@ -61,6 +64,7 @@ def measure_query_tiles(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    rough: bool = False,
 ) -> Tensor:
     """Mean probabilities of the `rows` (query_tiles, rows of each) that see a key; else as `measure_rows`.
 
@@ -71,7 +75,9 @@ def measure_query_tiles(
         from aat_hf.kernels import cpu_rows  # numba, loaded when needed
 
         how = (key_tile, scale, softcap)
-        return cpu_rows.measure_rows(q, k, mask, rows.flatten(), *how, sinks=sinks, together=rows.shape[1])[0]
+        return cpu_rows.measure_rows(
+            q, k, mask, rows.flatten(), *how, sinks=sinks, together=rows.shape[1], rough=rough
+        )[0]
     return mean_over_query_tiles(measure_rows(q, k, mask, rows.flatten(), key_tile, scale, softcap, sinks), len(rows))
 
 

@@ -38,7 +38,7 @@ def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
         return kept
     rows = control_rows(scene.q.shape[2], config, scene.q.device)
     how = (config.key_tile, scene.scale, scene.softcap, scene.sinks)
-    born = measure_rows(scene.q, scene.k, scene.mask, rows, *how).probability
+    born = measure_rows(scene.q, scene.k, scene.mask, rows, *how, rough=True).probability
     for _ in range(_PASSES - 1):
         lost = _lost(born, kept, rows, config.query_tile)
         missed = lost > config.tolerance

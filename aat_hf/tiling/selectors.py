@@ -36,8 +36,8 @@ def get_selector(name: str) -> Selector:
 
 
 def measured(scene: Scene) -> Tensor:
-    """Exact Born probabilities of every `sample_stride`-th row."""
-    return _measured(scene, scene.config.sample_stride)
+    """Measured Born probabilities of every `sample_stride`-th row, `rough` ones (`measure_rows`)."""
+    return _measured(scene, scene.config.sample_stride, rough=True)
 
 
 def moments(scene: Scene) -> Tensor:
@@ -88,13 +88,13 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
     return mean_over_query_tiles(RowMasses(per_tile, torch.logsumexp(scores, -1)), scene.states.shape[2])
 
 
-def _measured(scene: Scene, stride: int) -> Tensor:
+def _measured(scene: Scene, stride: int, rough: bool = False) -> Tensor:
     rows = sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
     how = (scene.config.key_tile, scene.scale, scene.softcap, scene.sinks)
     a_tile = scene.q.shape[0] * scene.q.shape[1] * rows.shape[1] * scene.states.shape[3]
     means = []
     for part in rows.split(max(1, _CHUNK_ELEMENTS // a_tile)):
-        means.append(measure_query_tiles(scene.q, scene.k, scene.mask, part, *how))
+        means.append(measure_query_tiles(scene.q, scene.k, scene.mask, part, *how, rough))
     return torch.cat(means, 2)
 
 
