@@ -18,6 +18,7 @@ from _texts import CODE_CHARACTERS, LICENCES, Texts, rows_of
 
 import aat_hf
 from aat_hf.config import BACKENDS
+from aat_hf.data import resolve_model
 
 WEIGHTS = ("float32", "bfloat16", "float16")
 CONTINUED_LEARNING_RATE = 5e-5  # from a checkpoint
@@ -68,7 +69,7 @@ def training_parser(description: str | None, *, learning_rate: float = 1e-3) -> 
     """The options of every script that trains; `learning_rate` is the default of a new model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(new_learning_rate=learning_rate)
-    parser.add_argument("--model", help="checkpoint to go on from (a small new model)")
+    parser.add_argument("--model", type=found, help="checkpoint to go on from (a small new model)")
     parser.add_argument("--text", default="code", help=f"{', '.join(LICENCES)} or a UTF-8 file (code)")
     parser.add_argument("--path", type=Path, help="WikiText on disk, as Parquet or text")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a row (%(default)s)")
@@ -85,6 +86,11 @@ def training_parser(description: str | None, *, learning_rate: float = 1e-3) -> 
     for name, default in (("layers", 2), ("width", 128), ("heads", 2), ("vocabulary", 2048)):
         sizes.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     return parser
+
+
+def found(model: str) -> str:
+    """The folder of a model, or its name on the Hub if that answers."""
+    return str(resolve_model(model))
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

