@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -93,6 +94,17 @@ def found(model: str) -> str:
     return str(resolve_model(model))
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print, in the first process."""
+    if is_first():
+        print(text, flush=True)
+
+
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """The options that the fine-tuning examples share."""
     parser = training_parser(description)
@@ -151,7 +163,7 @@ def train(
 
     `attention` is "aat", or "sdpa" for the dense twin: the same seed, the same rows in the same order.
     """
-    print(f"{args.steps} steps with {attention}", flush=True)
+    say(f"{args.steps} steps with {attention}")
     tf.set_seed(args.seed)
     model = make(attention)
     check_length(args, model)
@@ -204,34 +216,36 @@ def save(args: argparse.Namespace, aat: Outcome, texts: Texts) -> None:
     aat.trainer.model.to(getattr(torch, args.weights))
     aat.trainer.save_model(args.output)
     save_log(aat, args.output)
-    (args.output / "held_out.txt").write_text("\n".join(texts.held_out["text"]), "utf-8")
-    print(f"wrote        {args.output}")
+    if is_first():
+        (args.output / "held_out.txt").write_text("\n".join(texts.held_out["text"]), "utf-8")
+    say(f"wrote        {args.output}")
 
 
 def save_log(outcome: Outcome, folder: Path) -> None:
     """Write the log of a run to `folder`."""
-    folder.mkdir(exist_ok=True)
-    outcome.trainer.state.save_to_json(folder / "trainer_state.json")
+    if is_first():
+        folder.mkdir(exist_ok=True)
+        outcome.trainer.state.save_to_json(folder / "trainer_state.json")
 
 
 def show(args: argparse.Namespace, aat: Outcome, dense: Outcome | None, rows: Texts) -> None:
     """Print what was measured."""
     model = aat.trainer.model
-    print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} million parameters, on {model.device}")
-    print(f"{args.text}: {len(rows.train)} rows of {args.tokens} tokens, {len(rows.held_out)} held out")
+    say(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} million parameters, on {model.device}")
+    say(f"{args.text}: {len(rows.train)} rows of {args.tokens} tokens, {len(rows.held_out)} held out")
     for name, one in (("aat", aat), ("dense", dense)):
         if one is not None:
-            print(
+            say(
                 f"{name:<12} loss {one.first:.4f} to {one.last:.4f}   held out {one.held_out:.4f}   "
                 f"{one.step_ms:.1f} ms per step (median of {args.steps - args.exact_steps})"
             )
-    print(f"density      {aat.logged('aat_density'):.3f}, tolerance {args.tolerance:g}")
+    say(f"density      {aat.logged('aat_density'):.3f}, tolerance {args.tolerance:g}")
     lost, half_width = aat.logged("aat_infidelity"), aat.logged("aat_infidelity_ci")
-    print("infidelity   0: nothing was tiled" if lost is None else f"infidelity   {lost:.4f} ± {half_width:.4f}")
+    say("infidelity   0: nothing was tiled" if lost is None else f"infidelity   {lost:.4f} ± {half_width:.4f}")
     tiled, faster = aat.logged("aat_tiled_calls"), aat.logged("aat_router_dense_calls")
-    print(f"calls        {tiled:.0%} tiled; {faster:.0%} exact because that is faster")
+    say(f"calls        {tiled:.0%} tiled; {faster:.0%} exact because that is faster")
     if not tiled and args.tolerance:
-        print(f"to see tiles {remedy(args, bool(faster))}")
+        say(f"to see tiles {remedy(args, bool(faster))}")
 
 
 def remedy(args: argparse.Namespace, faster: bool) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers as tf
 from _errors import explained
-from _finetuning import Outcome, finetune, parse, parser_of
+from _finetuning import Outcome, finetune, is_first, parse, parser_of, say
 from _texts import read_texts, tokenizer_of
 from tokenizers import processors
 
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = evaluate(aat, args.evaluate, args.seed)
         for row in measured:
             lost = "0: nothing was tiled" if math.isnan(row["lost"]) else f"{row['lost']:.4f}"
-            print("{attention:<12} loss {loss:.4f}   density {density:.3f}".format(**row) + f"   infidelity {lost}")
-        if args.output is not None:
+            say("{attention:<12} loss {loss:.4f}   density {density:.3f}".format(**row) + f"   infidelity {lost}")
+        if args.output is not None and is_first():
             write(args.output / "eval" / "masked.csv", measured)
 
 

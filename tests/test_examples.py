@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,13 +37,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
     settings = {
-        "MIN_LENGTH": 0,
-        "DENSE_PREFIX": 0,
-        "QUERY_TILE": 32,
-        "KEY_TILE": 32,
-        "BACKEND": "gather",
-        "MAX_KEPT": 1,
-    }
+        "MIN_LENGTH": 0, "DENSE_PREFIX": 0, "QUERY_TILE": 32, "KEY_TILE": 32, "BACKEND": "gather", "MAX_KEPT": 1,
+    }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(f"AAT_{name}", str(value))
 
@@ -107,9 +103,7 @@ def test_github_packs_a_checkout(model: str, tmp_path: Path, capsys: pytest.Capt
     assert 0 < numbers(shown.out, "density")[0] < 1
 
 
-def test_the_demos_read_the_hub(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_demos_read_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.syspath_prepend(Path(__file__).parent / "data")
     from datasets import Dataset
     from mock_hub import mock_hub, use_hub
@@ -217,6 +211,18 @@ def test_finetuning_goes_on_from_what_it_wrote(
         assert [dense["attention"], tiled["attention"]] == ["dense", "aat 0.5"]
         assert float(dense["density"]) == 1 > float(tiled["density"]) and 0 < float(tiled["lost"]) < 0.5
         assert float(dense["loss"]) == pytest.approx(float(tiled["loss"]), rel=0.02)
+
+
+def test_one_of_several_processes_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    import _finetuning
+
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        _finetuning.say(f"of {rank}")
+        state = SimpleNamespace(save_to_json=Path.touch)
+        _finetuning.save_log(SimpleNamespace(trainer=SimpleNamespace(state=state)), tmp_path / rank)
+    assert capsys.readouterr().out == "of 0\n"
+    assert not (tmp_path / "1").exists() and (tmp_path / "0" / "trainer_state.json").exists()
 
 
 def test_finetuning_on_wikitext(training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
