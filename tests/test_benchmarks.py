@@ -18,7 +18,8 @@ def tiny(tmp_path_factory):
 
 
 CASES = [
-    (["decode", "--lengths", "900", "2500", "--layers", "1", "--queries", "2", "--rounds", "1"], "most", 2),
+    (["decode", "--lengths", "900", "2500", "--layers", "1", "--queries", "2", "--rounds", "1",
+      "--growth"], "DynamicCache ms", 2),
     (["quality", "--tokens", "700", "--tolerances", "0.3", "0.1", "--selectors", "mix", "--settings",
       '{"min_length": 0, "dense_prefix": 0, "max_kept": 1.0, "backend": "cpu"}'], "KL", 2),
     (["selection", "--tokens", "700", "--tolerances", "0.3", "--selectors", "mix"], "/ oracle", 2 * 2 * 4),

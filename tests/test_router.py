@@ -107,7 +107,11 @@ def test_bench_attention_reports_no_time_of_a_wrong_kernel(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, f"decoding single tokens is exact below {router.DECODE_FROM} keys"),
+        (
+            {},
+            f"decoding single tokens is exact below {router.DECODE_VALUES_FROM} keys, "
+            f"{router.DECODE_FROM} in an AATCache",
+        ),
         ({"decode_from": 4096}, "decoding single tokens is exact below 4096 keys"),
         ({"coarse": True}, "decoding single tokens is exact"),
         ({"backend": "gather"}, "decoding single tokens is exact"),

@@ -18,7 +18,7 @@ _log = logging.getLogger("aat_hf")
 
 def run(loop: Any, work: int, *arguments: Any) -> None:
     """Run a compiled loop on torch's number of threads, the caller's among them; `work` in multiply-adds."""
-    if not loop.signatures:
+    if not loop.overloads:
         _compile(loop, arguments)
     counter = np.zeros(1, np.int64)
     count = torch.get_num_threads() if work >= _INLINE_WORK else 1
