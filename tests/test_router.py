@@ -107,25 +107,25 @@ def test_bench_attention_reports_no_time_of_a_wrong_kernel(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (
-            {},
-            f"decoding single tokens is exact below {router.DECODE_VALUES_FROM} keys, "
-            f"{router.DECODE_FROM} in an AATCache",
-        ),
+        ({}, "decoding single tokens is exact below 4000 keys, 2000 in an AATCache"),
+        ({"mode": "skip"}, "decoding single tokens is exact below 4000 keys"),
         ({"decode_from": 4096}, "decoding single tokens is exact below 4096 keys"),
         ({"coarse": True}, "decoding single tokens is exact"),
         ({"backend": "gather"}, "decoding single tokens is exact"),
     ],
 )
-def test_explain_says_from_where_on_decoding_selects(changes, told):
+def test_explain_says_from_where_on_decoding_selects(changes, told, monkeypatch):
     import transformers as tf
+
+    monkeypatch.setattr(router, "DECODE_VALUES_FROM", 4000)
+    monkeypatch.setattr(router, "DECODE_FROM", 2000)
 
     config = tf.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, pad_token_id=0)  # fmt: skip
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="aat")
     aat_hf.configure(model, **changes)
     (plan,) = aat_hf.explain(model, 8192)
-    assert plan.path == "tiled" and plan.reason.endswith(f"; {told}")
+    assert plan.path == changes.get("mode", "tiled") and plan.reason.endswith(f"; {told}")
 
 
 def test_short_calls_are_exact_and_recorded():

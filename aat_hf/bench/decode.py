@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +195,17 @@ def _selected(
     steps: Sequence[Heads], tolerance: float, summaries: TileSummaries | None, audit: bool = False
 ) -> list[TiledAttentionResult]:
     """The steps, with the `summaries` that a cache would keep."""
-    config, results = AATConfig(tolerance=tolerance, backend="cpu", decode_from=0, dense_prefix=0), []
+    config, results = _config(tolerance), []
     for q, k, v in steps:
         if summaries is not None:
             summaries.note(k)
         results.append(tiled_attention(q, k, v, config=config, is_causal=True, need_lse=False, audit=audit))
     return results
+
+
+@lru_cache
+def _config(tolerance: float) -> AATConfig:
+    return AATConfig(tolerance=tolerance, backend="cpu", decode_from=0, dense_prefix=0)
 
 
 def _checked(result: TiledAttentionResult, step: Heads, k: Tensor, v: Tensor) -> tuple[float, Tensor]:

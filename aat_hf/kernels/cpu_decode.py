@@ -161,12 +161,14 @@ def _output(v: Tensor, step: Step, scores: _Scores, choice: Choice, heads: Seque
     """The output (batch, heads, 1, value_dim) of the kept tiles, and their log-sum-exp."""
     values, starts = matrix(v)
     parts = np.empty((*scores.top.shape, v.shape[3]), np.float32)
-    work = FROM_MEMORY * int(choice.kept.sum()) * step.span.key_tile * v.shape[3]
+    work = FROM_MEMORY * int(np.count_nonzero(choice.kept)) * step.span.key_tile * v.shape[3]
     run(loops.mix, work, values, step.span._replace(starts=starts), scores.weights, choice.kept, parts)
-    total = np.maximum(choice.sums[:, 0] + choice.sums[:, 2], np.finfo(np.float32).tiny)  # 0 where no key is seen
-    output = torch.from_numpy((parts * choice.rescale[..., None]).sum(1) / total[:, None])
-    held, top = (torch.from_numpy(choice.sums[:, column].copy()).view(*heads, 1) for column in (0, 3))
-    return output.view(*heads, 1, -1).to(v.dtype), ((top + held.log2()) * math.log(2)).float()
+    held, _, free, top = choice.sums.T
+    total = np.maximum(held + free, np.finfo(np.float32).tiny)  # 0 where no key is seen
+    output = ((parts * choice.rescale[..., None]).sum(1) / total[:, None]).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        lse = ((top + np.log2(held)) * math.log(2)).astype(np.float32)
+    return torch.from_numpy(output).view(*heads, 1, -1).to(v.dtype), torch.from_numpy(lse).view(*heads, 1)
 
 
 def _tile_map(kept: Bytes, step: Step, heads: Sequence[int], config: AATConfig) -> TileMap:

@@ -42,7 +42,7 @@ class Costs(NamedTuple):
 
 
 DEFAULTS = {"cpu": Costs(1.0, 1.1, 3072)}
-DECODE_FROM = 16384  # keys from which one query's tiles are selected, if the cache has summaries of them
+DECODE_FROM = 32768  # keys from which one query's tiles are selected, if the cache has summaries of them
 DECODE_VALUES_FROM = 32768  # keys from which selecting its values alone is clearly faster than SDPA
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
