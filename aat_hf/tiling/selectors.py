@@ -47,8 +47,11 @@ def moments(scene: Scene) -> Tensor:
 
 
 def mix(scene: Scene) -> Tensor:
-    """Mean of `measured` and `moments`: they fail on different heads, their mean on neither."""
-    return (measured(scene) + moments(scene)) / 2
+    """Mean of `measured` and `moments`, which fail on different heads, with some of the neighbouring query tiles'.
+
+    What rows near by want is likely wanted between the rows looked at, too.
+    """
+    return with_neighbours((measured(scene) + moments(scene)) / 2, scene.states)
 
 
 def oracle(scene: Scene) -> Tensor:
@@ -86,6 +89,19 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
     scores = scores.masked_fill(~visible, float("-inf"))
     per_tile = _safe_softmax(scores).unflatten(-1, (-1, scene.config.key_tile // stride)).sum(-1)
     return mean_over_query_tiles(RowMasses(per_tile, torch.logsumexp(scores, -1)), scene.states.shape[2])
+
+
+def with_neighbours(mass: Tensor, states: Tensor, weight: float = 0.1) -> Tensor:
+    """`mass` (batch, heads, query_tiles, key_tiles) plus `weight` times the query tiles before and after, same sums.
+
+    Tiles that the mask hides, `states` NONE (batch or 1, heads or 1, query_tiles, key_tiles), get nothing.
+    """
+    spread = mass.clone()
+    spread[:, :, 1:].add_(mass[:, :, :-1], alpha=weight)
+    spread[:, :, :-1].add_(mass[:, :, 1:], alpha=weight)
+    spread.masked_fill_(states == NONE, 0)
+    before, after = (x.sum(-1, keepdim=True) for x in (mass, spread))
+    return spread.mul_(before / after.clamp(min=torch.finfo(mass.dtype).tiny))
 
 
 def _measured(scene: Scene, stride: int, rough: bool = False) -> Tensor:

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from inputs import peaked
+
+from aat_hf.config import AATConfig
+from aat_hf.tiling.masks import FULL, NONE, causal_mask
+from aat_hf.tiling.select import Scene
+from aat_hf.tiling.selectors import SELECTORS, get_selector, mix, moments, oracle, with_neighbours
+
+
+def scene(**settings):
+    q, k, _ = peaked(2, 4, 2, 333, 333, 24)
+    return Scene.of(q, k, causal_mask(333, 333, q.device), 0.25, AATConfig(**settings))
+
+
+def test_neighbours_by_hand():
+    mass = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.2, 0.8]]]])
+    states = torch.tensor([[[[FULL, NONE, NONE], [FULL, FULL, NONE], [FULL, FULL, FULL]]]], dtype=torch.uint8)
+    found = with_neighbours(mass, states, 0.5)[0, 0]
+    assert torch.allclose(found[0], torch.tensor([1.0, 0, 0]))  # what it cannot see it does not get
+    assert torch.allclose(found[1], torch.tensor([1.0, 0.6, 0]) / 1.6)
+    assert torch.allclose(found[2], torch.tensor([0.25, 0.45, 0.8]) / 1.5)
+    assert torch.equal(with_neighbours(mass, states, 0.0), mass)
+
+
+def test_neighbours_keep_the_mass_of_a_row_and_its_share_of_sinks():
+    mass = torch.rand(2, 3, 7, 20) / 40
+    mass[0, 1, 3] = 0
+    states = torch.full((1, 1, 7, 20), FULL, dtype=torch.uint8)
+    found = with_neighbours(mass, states)
+    assert torch.allclose(found.sum(-1)[mass.sum(-1) > 0], mass.sum(-1)[mass.sum(-1) > 0])
+    assert not found[0, 1, 3].any() and bool((found >= 0).all())
+
+
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_estimates_are_probabilities_of_what_is_seen(name):
+    seen = scene()
+    found = get_selector(name)(seen)
+    assert found.shape == (2, 4, 6, 21) and bool((found >= 0).all())
+    assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-4)
+    assert float(found.masked_fill(seen.states != NONE, 0).abs().max()) == 0
+
+
+def test_mix_is_the_mean_of_both_with_neighbours():
+    seen = scene()
+    mean = (get_selector("measured")(seen) + moments(seen)) / 2
+    assert torch.equal(mix(seen), with_neighbours(mean, seen.states))
+
+
+def test_measured_rows_approach_all_rows():
+    seen = scene()
+    truth = oracle(seen)
+    few, most, all_of_them = (
+        float((get_selector("measured")(replace(seen, config=AATConfig(sample_stride=n))) - truth).abs().mean())
+        for n in (32, 2, 1)
+    )
+    assert few > 2 * most > 5 * all_of_them
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(ValueError, match=r"must be one of .*mix"):
+        get_selector("nearest")
