@@ -128,7 +128,7 @@ def _parts(
     width = vectors(q.shape[3])
     shape = profile.shape(provider.device, "forward", width, width, tile_map.query_tile)
     call = Call.of(tile_map, mask, q.shape[3] ** -0.5)
-    target = torch.empty(*q.shape[:3], v.shape[3])
+    target, lse, lost = torch.empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
     with Workspace(provider) as work:
         dispatch = attention.forward_dispatch(work, provider, q, k, v, call, shape)
         sent, (output, rows, word) = dispatch.buffers[:4], dispatch.buffers[4:]
@@ -144,7 +144,7 @@ def _parts(
             "upload": partial(provider.submit, [], upload=sent),
             "kernel": partial(provider.submit, independent(work, dispatch, 4, _REPEATS)),
             "download": partial(provider.submit, [], download=(output, rows)),
-            "copy_out": partial(attention.read_forward, dispatch, call, shape, target),
+            "copy_out": partial(attention.read_forward, dispatch, target, lse, lost),
             "latency": partial(provider.submit, [], download=(word,)),
         }
         seconds = {name: timing.median for name, timing in interleaved(steps, rounds).items()}

@@ -62,6 +62,8 @@ def lower_tiles(tile_map: TileMap, mask: AttentionMask) -> LoweredTiles:
 def rows_of(tile_map: TileMap, level: int) -> tuple[Numbers, Numbers, NDArray[np.bool_]]:
     """`row_start` and `columns` of the tiles of one level, and which of all stored tiles they are."""
     chosen = tile_map.levels.numpy() == level
+    if chosen.all():
+        return tile_map.row_start.numpy(), tile_map.columns.numpy(), chosen
     return np.concatenate([[0], chosen.cumsum()])[tile_map.row_start.numpy()], tile_map.columns.numpy()[chosen], chosen
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from aat_hf.tiling.masks import AttentionMask
 from aat_hf.tiling.tile_map import TileMap
 from aat_hf.vulkan import lowering, profile
 from aat_hf.vulkan.interface import Dispatch, Provider, float_bits
-from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, join_tiles, joinable, vectors
+from aat_hf.vulkan.lowering import KINDS, TileList, TileWords, join_tiles, joinable, part_of, vectors
 from aat_hf.vulkan.shapes import OTHER, Shape, variant
 from aat_hf.vulkan.workspace import Workspace
 
 _LOG2E = 1 / math.log(2)
+_PARTS = 4  # of a long call, computed one after the other
+_PART_PRODUCTS = 1 << 34  # of a part: about what a fast device computes while the host prepares another
 _NEVER = 1e30  # base-2 log-sum-exp of rows without keys: every weight becomes 0
 
 
@@ -30,8 +33,9 @@ class Call:
     """What does not change between forward and backward.
 
     Attributes:
-        lower: makes `tiles`, when they are asked for; shape: (batch, heads, query_tiles, key_tiles) of their map.
-        query_tile, key_tile: rows and keys of a tile.
+        lower: makes `tiles` when it is called first, and keeps them.
+        shape: (batch, heads, query_tiles, key_tiles) of their map.
+        query_tile, key_tile: rows and keys of a tile; pairs: of a query and a key, in all tiles.
         scale, softcap: the score is softcap(scale * q k).
         skip_below: blocks of keys whose scores all lie this far below the running maximum are left out; -inf: none.
     """
@@ -40,6 +44,7 @@ class Call:
     shape: tuple[int, int, int, int]
     query_tile: int
     key_tile: int
+    pairs: int
     scale: float
     softcap: float | None = None
     skip_below: float = -math.inf
@@ -51,9 +56,10 @@ class Call:
     ) -> Call:  # fmt: skip
         """Attention over the exact tiles of a map."""
         sizes = tile_map.shape, tile_map.query_tile, tile_map.key_tile
-        return cls(lambda: TileList(*lower_tiles(tile_map, mask)), *sizes, scale, softcap, skip_below)
+        pairs = len(tile_map.columns) * tile_map.query_tile * tile_map.key_tile
+        return cls(cache(lambda: TileList(*lower_tiles(tile_map, mask))), *sizes, pairs, scale, softcap, skip_below)
 
-    @cached_property
+    @property
     def tiles(self) -> TileList:
         """The exact tiles."""
         return self.lower()
@@ -63,21 +69,27 @@ class Call:
         """Whether anything may be left out."""
         return self.skip_below > -math.inf
 
-    @cached_property
+    @property
     def joined(self) -> Call:
         """The same pairs in key tiles as long as a block of keys, for shaders whose workgroups own queries.
 
         Not for those that own keys, which take tiles of any length without loss, and not under the skip rule, which
         keeps account of single tiles.
         """
-        count = 1 if self.skips else joinable(self.key_tile)
-        if count == 1:
-            return self
+        return self if self.skips or joinable(self.key_tile) == 1 else self._joined
+
+    @cached_property
+    def _joined(self) -> Call:
+        count, lower = joinable(self.key_tile), self.lower  # not self: it would be part of a cycle
         batch, heads, query_tiles, key_tiles = self.shape
         shape = batch, heads, query_tiles, -(-key_tiles // count)
-        return replace(
-            self, lower=lambda: join_tiles(self.tiles, key_tiles, count), shape=shape, key_tile=count * self.key_tile
-        )
+        joined = cache(lambda: join_tiles(lower(), key_tiles, count))
+        return replace(self, lower=joined, shape=shape, key_tile=count * self.key_tile)
+
+    def heads(self, first: int, last: int, shape: tuple[int, int, int, int]) -> Call:
+        """Only the heads [first, last), counted through all batch rows; `shape` is that of their map."""
+        lower, rows = self.lower, self.shape[2]
+        return replace(self, lower=cache(lambda: part_of(lower(), first * rows, last * rows)), shape=shape)
 
 
 class Skipped(NamedTuple):
@@ -113,12 +125,45 @@ def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call, sha
         OutOfDeviceMemoryError, VulkanLimitError: the call does not fit the device; nothing was computed.
     """
     shape = shape or _shape(provider, "forward", q, v, call.query_tile)
+    output = lowering.fresh((*q.shape[:3], v.shape[3]), v.dtype)
+    lse, lost = torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
+    skipped = Skipped(np.zeros((1, 1, 1), np.uint32), shape.own)
     with Workspace(provider) as work:
-        dispatch = forward_dispatch(work, provider, q, k, v, call, shape)
-        output = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
-        fetched = dispatch.buffers[4:] if call.skips else dispatch.buffers[4:6]
-        work.run(dispatch, fetch=fetched, meanwhile=output.zero_)
-        return read_forward(dispatch, call, shape, output)
+        started = []
+        for own, shared, some in _parts(provider, q, k, v, call):
+            dispatch = forward_dispatch(work, provider, q[own], k[shared], v[shared], some, shape)
+            fetched = dispatch.buffers[4:] if call.skips else dispatch.buffers[4:6]
+            started.append((work.start(dispatch, fetch=fetched), dispatch, own))
+        for wait, dispatch, own in started:
+            wait()
+            read_forward(dispatch, output[own], lse[own], lost[own])
+        if call.skips:
+            pieces = lowering.read_words(dispatch.buffers[6], _pieces(call, shape.own), np.uint32)
+            skipped = Skipped(pieces, shape.own)
+    return Forward(output, lse, lost, skipped)
+
+
+_Places: TypeAlias = tuple[slice, slice]  # batch rows and heads
+
+
+def _parts(provider: Provider, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[tuple[_Places, _Places, Call]]:
+    """Parts of a long call, of which one is copied while others are computed: places in q, in k and v, and the call."""
+    batch, kv_heads = k.shape[:2]
+    group, whole, count = q.shape[1] // kv_heads, kv_heads if batch == 1 else batch, 1
+    if provider.overlaps and not call.skips:
+        count = max(1, min(_PARTS, call.pairs * (q.shape[3] + v.shape[3]) // _PART_PRODUCTS, whole))
+    if count == 1:
+        yield (slice(None), slice(None)), (slice(None), slice(None)), call
+        return
+    call = call.joined
+    for a, b in pairwise(whole * part // count for part in range(count + 1)):
+        if batch > 1:
+            heads, places = q.shape[1], ((slice(a, b), slice(None)), (slice(a, b), slice(None)))
+            yield *places, call.heads(a * heads, b * heads, (b - a, *call.shape[1:]))
+        else:
+            shape = 1, (b - a) * group, *call.shape[2:]
+            places = (slice(None), slice(a * group, b * group)), (slice(None), slice(a, b))
+            yield *places, call.heads(a * group, b * group, shape)
 
 
 def forward_dispatch(
@@ -140,17 +185,12 @@ def forward_dispatch(
     )
 
 
-def read_forward(dispatch: Dispatch, call: Call, shape: Shape, output: Tensor) -> Forward:
-    """What `forward_dispatch` computed, from its downloaded buffers; `output` is filled."""
-    rows, skipped = dispatch.buffers[5:]
-    lse, lost = torch.from_numpy(lowering.read_words(rows, (*output.shape[:3], 2), np.float32)).unbind(-1)
-    size = _pieces(call, shape.own)
-    return Forward(
-        lowering.read_rows(dispatch.buffers[4], output),
-        lse.contiguous(),
-        lost.contiguous(),
-        Skipped(lowering.read_words(skipped, size, np.uint32) if call.skips else np.zeros(size, np.uint32), shape.own),
-    )
+def read_forward(dispatch: Dispatch, output: Tensor, lse: Tensor, lost: Tensor) -> None:
+    """Fill the results of `Forward` from what `forward_dispatch` computed, once its buffers are downloaded."""
+    lowering.read_rows(dispatch.buffers[4], output)
+    rows = torch.from_numpy(lowering.read_words(dispatch.buffers[5], (*lse.shape, 2), np.float32))
+    lse.copy_(rows[..., 0])
+    lost.copy_(rows[..., 1])
 
 
 def backward(
@@ -174,10 +214,11 @@ def backward(
     with Workspace(provider) as work:
         dispatches = backward_dispatches(work, inputs, results, gradients, call, skipped, shapes)
         fetched = dispatches[0].buffers[6], *dispatches[1].buffers[6:8]
-        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in inputs)
-        work.run(*dispatches, fetch=fetched, meanwhile=lambda: (d_q.zero_(), d_k.zero_(), d_v.zero_()))
-        for buffer, gradient in zip(fetched, (d_q, d_k, d_v), strict=True):
-            lowering.read_rows(buffer, gradient)
+        work.run(*dispatches, fetch=fetched)
+        d_q, d_k, d_v = (
+            lowering.read_rows(buffer, lowering.fresh(x.shape, x.dtype))
+            for buffer, x in zip(fetched, inputs, strict=True)
+        )
         return d_q, d_k, d_v
 
 

@@ -48,14 +48,14 @@ Owned = TypeVar("Owned", bound=HostBuffer)
 
 
 class BaseProvider(ABC, Generic[Owned]):
-    """A `Provider` but for `_allocate`, `_free`, `_run` and `_shut`, which subclasses give under its lock."""
+    """A `Provider` but for `_allocate`, `_free`, `_send`, `_start` and `_shut`, which subclasses do under its lock."""
 
     name: ClassVar[str]
+    overlaps: ClassVar[bool]
 
     def __init__(self, device: DeviceInfo) -> None:
         self.device = device
         self._owned: dict[int, Owned] = {}  # by serial
-        self._unsent: dict[int, Owned] = {}  # to be uploaded with the next submission
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._open = True
@@ -86,27 +86,25 @@ class BaseProvider(ABC, Generic[Owned]):
         with self._lock:
             (own,) = self._own([buffer])
             del self._owned[own.serial]
-            self._unsent.pop(own.serial, None)
             self._free(own)
             own.drop()
 
-    def send(self, buffer: Buffer) -> None:
+    def send(self, *buffers: Buffer) -> None:
         """See `Provider.send`."""
         self._check_usable()
         with self._lock:
-            self._send(*self._own([buffer]))
-
-    def _send(self, buffer: Owned) -> None:
-        self._unsent[buffer.serial] = buffer
+            self._send(self._own(buffers))
 
     def submit(
-        self,
-        dispatches: Sequence[Dispatch],
-        upload: Sequence[Buffer] = (),
-        download: Sequence[Buffer] = (),
-        meanwhile: Callable[[], object] | None = None,
+        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
     ) -> None:
         """See `Provider.submit`."""
+        self.start(dispatches, upload, download)()
+
+    def start(
+        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
+    ) -> Callable[[], None]:
+        """See `Provider.start`."""
         for dispatch in dispatches:
             limits.check_dispatch(dispatch, self.device)
         self._check_usable()
@@ -114,9 +112,7 @@ class BaseProvider(ABC, Generic[Owned]):
             self._check_usable()  # another thread may have closed it
             for dispatch in dispatches:
                 self._own(dispatch.buffers)
-            unsent, self._unsent = self._unsent, {}
-            upload, download = self._own([*unsent.values(), *upload]), self._own(download)
-            self._run(limits.batches(dispatches), upload, download, meanwhile or _nothing)
+            return self._start(limits.batches(dispatches), self._own(upload), self._own(download))
 
     def close(self) -> None:
         """See `Provider.close`."""
@@ -124,7 +120,7 @@ class BaseProvider(ABC, Generic[Owned]):
             return
         with self._lock:
             self._open = False
-            owned, self._owned, self._unsent = list(self._owned.values()), {}, {}
+            owned, self._owned = list(self._owned.values()), {}
             for buffer in owned:
                 buffer.drop()
             self._shut(owned)
@@ -152,17 +148,12 @@ class BaseProvider(ABC, Generic[Owned]):
     def _free(self, buffer: Owned) -> None: ...
 
     @abstractmethod
-    def _run(
-        self,
-        batches: list[list[Dispatch]],
-        upload: list[Owned],
-        download: list[Owned],
-        meanwhile: Callable[[], object],
-    ) -> None: ...
+    def _send(self, buffers: list[Owned]) -> None: ...
+
+    @abstractmethod
+    def _start(
+        self, batches: list[list[Dispatch]], upload: list[Owned], download: list[Owned]
+    ) -> Callable[[], None]: ...
 
     @abstractmethod
     def _shut(self, buffers: list[Owned]) -> None: ...
-
-
-def _nothing() -> None:
-    """Nothing to do while the device computes."""

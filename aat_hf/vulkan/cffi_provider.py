@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ _HOST = (vk.VK_PIPELINE_STAGE_HOST_BIT, vk.VK_ACCESS_HOST_READ_BIT | vk.VK_ACCES
 _TRANSFER = (vk.VK_PIPELINE_STAGE_TRANSFER_BIT, vk.VK_ACCESS_TRANSFER_READ_BIT | vk.VK_ACCESS_TRANSFER_WRITE_BIT)
 _COMPUTE = (vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_SHADER_WRITE_BIT)
 _DEVICE = (_TRANSFER[0] | _COMPUTE[0], _TRANSFER[1] | _COMPUTE[1])
+_LIB, _NULL = vk.lib, vk.ffi.NULL  # calls without a result, which the binding's wrappers only slow down
 _ONCE = vk.VkCommandBufferBeginInfo(flags=vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT)
 
 
@@ -33,10 +34,30 @@ class _Key(NamedTuple):
 
 
 class _Commands(NamedTuple):
-    """A command buffer, and what submits it: the binding takes tens of microseconds to make such a structure."""
+    """A command buffer, what submits it, and a fence for the end of that.
+
+    Kept, as the binding takes tens of microseconds to make such a structure; those of `VulkanBuffer` too.
+    """
 
     handle: Any
     submission: list[Any]
+    fence: Any
+
+
+class _DescriptorPool(NamedTuple):
+    """Room for so many sets of so many buffers in all."""
+
+    sets: int
+    buffers: int
+    handle: Any
+
+
+class _Flight(NamedTuple):
+    """A submission that the device may be executing, with the copies to the device that went before."""
+
+    commands: _Commands
+    descriptors: _DescriptorPool
+    sent: list[_Commands]
 
 
 class VulkanBuffer(HostBuffer):
@@ -45,12 +66,21 @@ class VulkanBuffer(HostBuffer):
     def __init__(self, nbytes: int, mapped: NDArray[np.uint8], main: Any, staging: Any | None) -> None:
         super().__init__(nbytes, mapped)
         self.main, self.staging = main, staging
+        self.whole = vk.VkDescriptorBufferInfo(main.handle, 0, nbytes)
+        self._region = vk.ffi.new("VkBufferCopy[1]")
+
+    @property
+    def region(self) -> Any:
+        """What of it is copied."""
+        self._region[0].size = self.used
+        return self._region
 
 
 class VulkanProvider(BaseProvider[VulkanBuffer]):
     """See `Provider`; no optional feature of the device is enabled, and no shader that needs one accepted."""
 
     name: ClassVar[str] = "vulkan"
+    overlaps: ClassVar[bool] = True
 
     def __init__(self, device: DeviceInfo) -> None:
         super().__init__(device)
@@ -58,12 +88,16 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         self._cache: PipelineCache[_Key, Pipeline] = PipelineCache(_PIPELINES, self._compile, self._retire)
         self._retired: list[Pipeline] = []  # no longer cached, but maybe recorded
         with reported(f"opening {device.name}"):
-            pool = vk.VkCommandPoolCreateInfo(queueFamilyIndex=self._device.queue_family)
-            self._pool, self._copies = (vk.vkCreateCommandPool(self._device.handle, pool, None) for _ in range(2))
-            self._commands = self._command_buffer(self._pool)
-            self._idle: list[_Commands] = []  # of `_copies`
-            self._sending: list[_Commands] = []  # those that the device may be executing
-            self._fence = vk.vkCreateFence(self._device.handle, vk.VkFenceCreateInfo(), None)
+            pool = vk.VkCommandPoolCreateInfo(
+                queueFamilyIndex=self._device.queue_family, flags=vk.VK_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT
+            )
+            self._pool = vk.vkCreateCommandPool(self._device.handle, pool, None)
+        self._fences: list[Any] = []  # of all commands
+        self._descriptor_pools: list[Any] = []
+        self._descriptors: dict[tuple[int, int], list[_DescriptorPool]] = {}  # idle ones
+        self._idle: list[_Commands] = []
+        self._sent: list[_Commands] = []  # since the last submission
+        self._flying = 0  # submissions not waited for
 
     @property
     def pipelines(self) -> CacheStatistics:
@@ -78,7 +112,7 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         return VulkanBuffer(nbytes, staging.mapped, main, staging)
 
     def _free(self, buffer: VulkanBuffer) -> None:
-        if self._sending:
+        if self._sent or self._flying:
             with reported(f"waiting for {self.device.name}"):
                 vk.vkQueueWaitIdle(self._device.queue)
         buffer.main = buffer.staging = None
@@ -93,101 +127,111 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         while self._retired:
             self._device.destroy_pipeline(self._retired.pop())
 
-    def _send(self, buffer: VulkanBuffer) -> None:
-        if buffer.staging is None:
+    def _send(self, buffers: list[VulkanBuffer]) -> None:
+        if self.device.unified:
             return
         with reported(f"copying to {self.device.name}"):
-            commands = self._idle.pop() if self._idle else self._command_buffer(self._copies)
-            self._begin(commands.handle)
-            self._copy(commands.handle, buffer.staging, buffer.main, buffer.used)
+            commands = self._commands()
+            vk.vkBeginCommandBuffer(commands.handle, _ONCE)  # no barrier: it may overtake what is being computed
+            for buffer in buffers:
+                self._copy(commands.handle, buffer.staging, buffer.main, buffer)
             vk.vkEndCommandBuffer(commands.handle)
             vk.vkQueueSubmit(self._device.queue, 1, commands.submission, vk.VK_NULL_HANDLE)
-            self._sending.append(commands)
+            self._sent.append(commands)
 
-    def _run(
+    def _start(
+        self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer]
+    ) -> Callable[[], None]:
+        with reported(f"computing on {self.device.name}"):
+            commands, descriptors = self._commands(), self._descriptor_pool(batches)
+            try:
+                self._record(commands.handle, batches, upload, download, descriptors.handle)
+                vk.vkQueueSubmit(self._device.queue, 1, commands.submission, commands.fence)
+            except BaseException:
+                vk.vkResetCommandBuffer(commands.handle, 0)
+                self._recycle(descriptors, commands)
+                raise
+        flight, self._sent = _Flight(commands, descriptors, self._sent), []
+        self._flying += 1
+        return partial(self._wait, flight)
+
+    def _wait(self, flight: _Flight) -> None:
+        self._check_usable()
+        with self._lock, reported(f"computing on {self.device.name}"):
+            self._check_usable()  # another thread may have closed it
+            fences = [flight.commands.fence]
+            vk.vkWaitForFences(self._device.handle, 1, fences, vk.VK_TRUE, _FOREVER)
+            vk.vkResetFences(self._device.handle, 1, fences)
+            self._recycle(flight.descriptors, flight.commands, *flight.sent)
+            self._flying -= 1
+            if not self._flying:
+                self._destroy_retired()
+
+    def _recycle(self, descriptors: _DescriptorPool, *commands: _Commands) -> None:
+        vk.vkResetDescriptorPool(self._device.handle, descriptors.handle, 0)
+        self._descriptors[descriptors[:2]].append(descriptors)
+        self._idle += commands
+
+    def _record(
         self,
+        commands: Any,
         batches: list[list[Dispatch]],
         upload: list[VulkanBuffer],
         download: list[VulkanBuffer],
-        meanwhile: Callable[[], object],
+        descriptors: Any,
     ) -> None:
-        with reported(f"computing on {self.device.name}"):
-            descriptors = self._descriptor_pool(batches)
-            try:
-                self._record(batches, upload, download, descriptors)
-                self._execute(meanwhile)
-            finally:
-                vk.vkDestroyDescriptorPool(self._device.handle, descriptors, None)
-                self._destroy_retired()
-
-    def _record(
-        self, batches: list[list[Dispatch]], upload: list[VulkanBuffer], download: list[VulkanBuffer], descriptors: Any
-    ) -> None:
-        vk.vkResetCommandPool(self._device.handle, self._pool, 0)
-        commands = self._commands.handle
-        self._begin(commands)
+        vk.vkBeginCommandBuffer(commands, _ONCE)
+        self._barrier(commands, _DEVICE, _DEVICE)  # what earlier submissions wrote becomes visible
         for buffer in upload:
-            self._copy(commands, buffer.staging, buffer.main, buffer.used)
+            self._copy(commands, buffer.staging, buffer.main, buffer)
         self._barrier(commands, _TRANSFER, _DEVICE)
         for batch in batches:
             for dispatch in batch:
                 self._dispatch(commands, dispatch, descriptors)
             self._barrier(commands, _COMPUTE, _DEVICE)
         for buffer in download:
-            self._copy(commands, buffer.main, buffer.staging, buffer.used)
+            self._copy(commands, buffer.main, buffer.staging, buffer)
         self._barrier(commands, _DEVICE, _HOST)
         vk.vkEndCommandBuffer(commands)
 
-    def _execute(self, meanwhile: Callable[[], object]) -> None:
-        vk.vkQueueSubmit(self._device.queue, 1, self._commands.submission, self._fence)
-        try:
-            meanwhile()
-        finally:
-            vk.vkWaitForFences(self._device.handle, 1, [self._fence], vk.VK_TRUE, _FOREVER)
-            vk.vkResetFences(self._device.handle, 1, [self._fence])
-        if self._sending:  # earlier submissions: the fence told of them too
-            vk.vkResetCommandPool(self._device.handle, self._copies, 0)
-            self._idle += self._sending
-            self._sending.clear()
-
-    def _command_buffer(self, pool: Any) -> _Commands:
+    def _commands(self) -> _Commands:
+        if self._idle:
+            return self._idle.pop()
         described = vk.VkCommandBufferAllocateInfo(
-            commandPool=pool, level=vk.VK_COMMAND_BUFFER_LEVEL_PRIMARY, commandBufferCount=1
+            commandPool=self._pool, level=vk.VK_COMMAND_BUFFER_LEVEL_PRIMARY, commandBufferCount=1
         )
         handle = vk.vkAllocateCommandBuffers(self._device.handle, described)[0]
-        return _Commands(handle, [vk.VkSubmitInfo(pCommandBuffers=[handle])])
-
-    def _begin(self, commands: Any) -> None:
-        vk.vkBeginCommandBuffer(commands, _ONCE)
-        self._barrier(commands, _DEVICE, _DEVICE)  # what earlier submissions wrote becomes visible
+        fence = vk.vkCreateFence(self._device.handle, vk.VkFenceCreateInfo(), None)
+        self._fences.append(fence)
+        return _Commands(handle, [vk.VkSubmitInfo(pCommandBuffers=[handle])], fence)
 
     def _barrier(self, commands: Any, before: tuple[int, int], after: tuple[int, int]) -> None:
         memory = _memory_barrier(before[1], after[1])
-        vk.vkCmdPipelineBarrier(commands, before[0], after[0], 0, 1, memory, 0, None, 0, None)
+        _LIB.vkCmdPipelineBarrier(commands, before[0], after[0], 0, 1, memory, 0, _NULL, 0, _NULL)
 
-    def _copy(self, commands: Any, source: Any, target: Any, nbytes: int) -> None:
+    def _copy(self, commands: Any, source: Any, target: Any, buffer: VulkanBuffer) -> None:
         if source is not None and target is not None:  # unified memory needs no copy
-            vk.vkCmdCopyBuffer(commands, source.handle, target.handle, 1, [vk.VkBufferCopy(0, 0, nbytes)])
+            _LIB.vkCmdCopyBuffer(commands, source.handle, target.handle, 1, buffer.region)
 
     def _dispatch(self, commands: Any, dispatch: Dispatch, descriptors: Any) -> None:
         pipeline = self._cache.get(_Key(dispatch.shader, dispatch.spec, len(dispatch.buffers)))
         buffers: Sequence[Any] = dispatch.buffers
         bound = self._bind(pipeline, buffers, descriptors)
         point = vk.VK_PIPELINE_BIND_POINT_COMPUTE
-        vk.vkCmdBindPipeline(commands, point, pipeline.pipeline)
-        vk.vkCmdBindDescriptorSets(commands, point, pipeline.layout, 0, 1, [bound], 0, None)
+        _LIB.vkCmdBindPipeline(commands, point, pipeline.pipeline)
+        _LIB.vkCmdBindDescriptorSets(commands, point, pipeline.layout, 0, 1, [bound], 0, _NULL)
         if dispatch.push:
             words = vk.ffi.new("uint32_t[]", list(dispatch.push))
             size, stage = 4 * len(dispatch.push), vk.VK_SHADER_STAGE_COMPUTE_BIT
-            vk.vkCmdPushConstants(commands, pipeline.layout, stage, 0, size, words)
-        vk.vkCmdDispatch(commands, *dispatch.groups)
+            _LIB.vkCmdPushConstants(commands, pipeline.layout, stage, 0, size, words)
+        _LIB.vkCmdDispatch(commands, *dispatch.groups)
 
     def _bind(self, pipeline: Pipeline, buffers: Sequence[VulkanBuffer], descriptors: Any) -> Any:
         """A descriptor set with the buffers at bindings 0, 1, ..."""
         layouts = [pipeline.set_layout]
         described = vk.VkDescriptorSetAllocateInfo(descriptorPool=descriptors, pSetLayouts=layouts)
         bound = vk.vkAllocateDescriptorSets(self._device.handle, described)[0]
-        whole = [vk.VkDescriptorBufferInfo(buffer.main.handle, 0, buffer.nbytes) for buffer in buffers]
+        whole = [buffer.whole for buffer in buffers]
         write = vk.VkWriteDescriptorSet(  # binding 0 and, as it has room for one buffer, those that follow
             dstSet=bound,
             dstBinding=0,
@@ -198,25 +242,30 @@ class VulkanProvider(BaseProvider[VulkanBuffer]):
         vk.vkUpdateDescriptorSets(self._device.handle, 1, [write], 0, None)
         return bound
 
-    def _descriptor_pool(self, batches: list[list[Dispatch]]) -> Any:
+    def _descriptor_pool(self, batches: list[list[Dispatch]]) -> _DescriptorPool:
         counts = [len(dispatch.buffers) for batch in batches for dispatch in batch] or [1]
-        kind = vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER
-        sizes = [vk.VkDescriptorPoolSize(type=kind, descriptorCount=sum(counts))]
-        described = vk.VkDescriptorPoolCreateInfo(maxSets=len(counts), pPoolSizes=sizes)
-        return vk.vkCreateDescriptorPool(self._device.handle, described, None)
+        size = len(counts), sum(counts)
+        if idle := self._descriptors.setdefault(size, []):
+            return idle.pop()
+        sizes = [vk.VkDescriptorPoolSize(type=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, descriptorCount=size[1])]
+        described = vk.VkDescriptorPoolCreateInfo(maxSets=size[0], pPoolSizes=sizes)
+        self._descriptor_pools.append(vk.vkCreateDescriptorPool(self._device.handle, described, None))
+        return _DescriptorPool(*size, self._descriptor_pools[-1])
 
     def _shut(self, buffers: list[VulkanBuffer]) -> None:
         with reported(f"closing {self.device.name}"):
             vk.vkDeviceWaitIdle(self._device.handle)
         self._cache.clear()
         self._destroy_retired()
-        vk.vkDestroyFence(self._device.handle, self._fence, None)
-        for pool in (self._pool, self._copies):
-            vk.vkDestroyCommandPool(self._device.handle, pool, None)
+        for fence in self._fences:
+            vk.vkDestroyFence(self._device.handle, fence, None)
+        for pool in self._descriptor_pools:
+            vk.vkDestroyDescriptorPool(self._device.handle, pool, None)
+        vk.vkDestroyCommandPool(self._device.handle, self._pool, None)
         self._device.close()
 
 
 @cache
-def _memory_barrier(before: int, after: int) -> list[Any]:
+def _memory_barrier(before: int, after: int) -> Any:
     """For all memory, between two kinds of access."""
-    return [vk.VkMemoryBarrier(srcAccessMask=before, dstAccessMask=after)]
+    return vk.ffi.new("VkMemoryBarrier[1]", [vk.VkMemoryBarrier(srcAccessMask=before, dstAccessMask=after)])

@@ -105,6 +105,10 @@ class Provider(Protocol):
         """Hits and misses of its compiled shaders."""
 
     @property
+    def overlaps(self) -> bool:
+        """Whether `start` returns before the device is done."""
+
+    @property
     def usable(self) -> bool:
         """Whether it was neither closed nor inherited from the process that forked this one."""
 
@@ -119,27 +123,31 @@ class Provider(Protocol):
     def release(self, buffer: Buffer) -> None:
         """Give the memory back; views that are still held stay readable."""
 
-    def send(self, buffer: Buffer) -> None:
-        """Begin to copy `buffer` to the device, while the host prepares more; the next `submit` sees it whole.
+    def send(self, *buffers: Buffer) -> None:
+        """Begin to copy to the device, while the host prepares more; the next submission sees the buffers whole.
 
-        Until that has returned its host memory has to stay as it is. A binding that can only wait copies it then.
+        Until that is over their host memory has to stay as it is, and no earlier submission may use them. A binding
+        that can only wait copies them then.
         """
 
     def submit(
-        self,
-        dispatches: Sequence[Dispatch],
-        upload: Sequence[Buffer] = (),
-        download: Sequence[Buffer] = (),
-        meanwhile: Callable[[], object] | None = None,
+        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
     ) -> None:
         """Copy `upload` to the device, run `dispatches` in order, copy `download` back; returns when all is done.
 
-        Each dispatch sees what earlier ones wrote. `meanwhile` is called while the device computes, such as to have
-        memory ready for results; a binding that can only wait calls it before.
+        Each dispatch sees what earlier ones wrote.
 
         Raises:
             VulkanLimitError: a dispatch asks for more than the device or the shader takes; nothing ran.
             VulkanError: the device failed.
+        """
+
+    def start(
+        self, dispatches: Sequence[Dispatch], upload: Sequence[Buffer] = (), download: Sequence[Buffer] = ()
+    ) -> Callable[[], None]:
+        """`submit` that returns while the device works; what it returns waits, and has to be called once.
+
+        Until then the buffers have to stay as they are. A binding that can only wait has done so before it returns.
         """
 
     def close(self) -> None:

@@ -5,7 +5,8 @@
 - It records no barrier between dispatches, so a batch of independent ones is evaluated at a time; the fence between
   two evaluations orders them.
 - Constants are always given as uint32 arrays: it takes anything else for floats.
-- Neither time limits nor asynchronous evaluation nor timestamps are used; they misuse fences and query pools.
+- Neither time limits nor asynchronous evaluation nor timestamps are used; they misuse fences and query pools. Nor would
+  it pay to copy to the device asynchronously: that needs a new sequence each time, which takes longer than the copy.
 - It copies whole buffers, whatever part of them is used, through the first coherent kind of memory, cached or not.
 - An algorithm is tied to its buffers and workgroups, and a sequence can be recorded only once; both are cached.
 """
@@ -69,6 +70,7 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
     """See `Provider`."""
 
     name: ClassVar[str] = "kompute"
+    overlaps: ClassVar[bool] = False
 
     def __init__(self, device: DeviceInfo) -> None:
         super().__init__(device)
@@ -81,6 +83,7 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
             )
         self._algorithms: PipelineCache[_Key, Any] = PipelineCache(_ALGORITHMS, self._compile)
         self._sequences: PipelineCache[_Evaluation, Any] = PipelineCache(_SEQUENCES, self._record)
+        self._unsent: dict[int, KomputeBuffer] = {}  # to be uploaded with the next submission, by serial
 
     @property
     def pipelines(self) -> CacheStatistics:
@@ -102,6 +105,7 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
             return KomputeBuffer(nbytes, self._manager.tensor_t(contents, kind))
 
     def _free(self, buffer: KomputeBuffer) -> None:
+        self._unsent.pop(buffer.serial, None)
         self._sequences.discard(lambda evaluation: buffer.serial in evaluation.buffers)
         self._algorithms.discard(lambda key: buffer.serial in key.buffers)
         buffer.tensor = None  # destroying it would pull the memory from under views that are still held
@@ -117,14 +121,14 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
                 push,
             )
 
-    def _run(
-        self,
-        batches: list[list[Dispatch]],
-        upload: list[KomputeBuffer],
-        download: list[KomputeBuffer],
-        meanwhile: Callable[[], object],
-    ) -> None:
-        meanwhile()  # an evaluation waits
+    def _send(self, buffers: list[KomputeBuffer]) -> None:
+        self._unsent.update((buffer.serial, buffer) for buffer in buffers)
+
+    def _start(
+        self, batches: list[list[Dispatch]], upload: list[KomputeBuffer], download: list[KomputeBuffer]
+    ) -> Callable[[], None]:
+        unsent, self._unsent = self._unsent, {}
+        upload = list((unsent | {buffer.serial: buffer for buffer in upload}).values())
         evaluations = [_Evaluation(dispatches=tuple(map(self._prepare, batch))) for batch in batches]
         if not self.device.unified:
             later = set().union(*(written_buffers(dispatch) for batch in batches[:1] for dispatch in batch))
@@ -132,6 +136,7 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
         with _reported(f"computing on {self.device.name}"):
             for evaluation in evaluations:
                 self._sequences.get(evaluation).eval()
+        return _nothing
 
     def _prepare(self, dispatch: Dispatch) -> tuple[_Key, Any, tuple[int, ...]]:
         buffers: Sequence[Any] = dispatch.buffers
@@ -152,6 +157,7 @@ class KomputeProvider(BaseProvider[KomputeBuffer]):
         return [self._owned[serial].tensor for serial in serials]
 
     def _shut(self, buffers: list[KomputeBuffer]) -> None:
+        self._unsent.clear()
         self._sequences.clear()
         self._algorithms.clear()
         for buffer in buffers:
@@ -178,6 +184,10 @@ def _with_copies(
         evaluations.insert(0, _Evaluation())
     evaluations[0] = evaluations[0]._replace(upload=sent)
     return [evaluation for evaluation in evaluations if any(evaluation)]
+
+
+def _nothing() -> None:
+    """Nothing to wait for: an evaluation has."""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from aat_hf.vulkan import spirv
 from aat_hf.vulkan.errors import VulkanLimitError
@@ -54,20 +55,29 @@ def check_dispatch(dispatch: Dispatch, device: DeviceInfo) -> None:
     Raises:
         VulkanLimitError: the first thing that does not fit.
     """
-    module = spirv.load(dispatch.shader)
-    local, shared_bytes = spirv.workgroup(dispatch.shader, dispatch.spec)
-    axes, groups = zip("xyz", dispatch.groups, device.max_groups, strict=True), dispatch.groups
+    given = dispatch.shader, dispatch.spec, dispatch.groups, len(dispatch.buffers), 4 * len(dispatch.push)
+    refusal = _refusal(device, *given)
+    if refusal is None and not all(0 <= word < 2**32 for word in (*dispatch.spec, *dispatch.push)):
+        refusal = "takes constants as unsigned 32-bit words (see float_bits)"
+    if refusal is not None:
+        raise VulkanLimitError(f"shader {dispatch.shader!r} {refusal} (on {device.name})")
+
+
+@lru_cache(maxsize=256)
+def _refusal(
+    device: DeviceInfo, shader: str, spec: tuple[int, ...], groups: tuple[int, int, int], buffers: int, push_bytes: int
+) -> str | None:
+    """What of a dispatch does not fit; None: all does."""
+    module = spirv.load(shader)
+    local, shared_bytes = spirv.workgroup(shader, spec)
     needs = [
-        (len(dispatch.buffers) > max(module.bindings, default=0),
-         f"binds buffers {sorted(module.bindings)}, {len(dispatch.buffers)} are given"),
-        (len(dispatch.buffers) <= device.max_buffers, f"binds more than {device.max_buffers} buffers"),
-        (4 * len(dispatch.push) == module.push_bytes,
-         f"takes {module.push_bytes} bytes of push constants, {4 * len(dispatch.push)} are given"),
+        (buffers > max(module.bindings, default=0), f"binds buffers {sorted(module.bindings)}, {buffers} are given"),
+        (buffers <= device.max_buffers, f"binds more than {device.max_buffers} buffers"),
+        (push_bytes == module.push_bytes,
+         f"takes {module.push_bytes} bytes of push constants, {push_bytes} are given"),
         (module.push_bytes <= device.max_push_bytes,
          f"takes more than {device.max_push_bytes} bytes of push constants"),
-        (all(0 <= word < 2**32 for word in (*dispatch.spec, *dispatch.push)),
-         "takes constants as unsigned 32-bit words (see float_bits)"),
-        (all(1 <= count <= most for _, count, most in axes),
+        (all(1 <= count <= most for count, most in zip(groups, device.max_groups, strict=True)),
          f"is dispatched with {groups} workgroups, not within 1 and {device.max_groups}"),
         (all(1 <= size <= most for size, most in zip(local, device.max_local, strict=True))
          and math.prod(local) <= device.max_invocations,
@@ -76,9 +86,7 @@ def check_dispatch(dispatch: Dispatch, device: DeviceInfo) -> None:
          f"shares {shared_bytes} bytes in a workgroup, more than {device.max_shared_bytes}"),
         (not (missing := _missing(module.capabilities, device)), f"needs {missing}, which is not enabled"),
     ]  # fmt: skip
-    for met, what in needs:
-        if not met:
-            raise VulkanLimitError(f"shader {dispatch.shader!r} {what} (on {device.name})")
+    return next((what for met, what in needs if not met), None)
 
 
 def _missing(capabilities: Iterable[int], device: DeviceInfo) -> str:

@@ -117,6 +117,13 @@ def _distinct(values: Integers) -> tuple[Integers, Integers]:
     return place[there], (there.cumsum() - 1)[values]
 
 
+def part_of(tiles: TileList, first: int, last: int) -> TileList:
+    """The tiles of the rows [first, last) of the map."""
+    begin, end = map(int, tiles.starts[[first, last]])
+    starts = tiles.starts[first : last + 1] - begin
+    return TileList(starts, tiles.columns[begin:end], tiles.cuts[begin:end], tiles.masks)
+
+
 def by_rows(tiles: TileList, query_tile: int) -> TileWords:
     """The map for shaders whose workgroups own queries; a mask's row is one query against all keys of a tile."""
     masks = tiles.masks.numpy()[:, :, :query_tile].transpose(0, 2, 1)
@@ -170,6 +177,11 @@ def row_bytes(x: Tensor) -> int:
 def room(shape: torch.Size | tuple[int, ...]) -> int:
     """Bytes of float32 rows of `shape` (..., dim)."""
     return row_bytes(torch.empty(shape, dtype=torch.float32, device="meta"))
+
+
+def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor with undefined contents, in memory for which numpy asks huge pages: touching small ones takes long."""
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def write_rows(buffer: Buffer, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from aat_hf.vulkan.errors import VulkanLimitError
 from aat_hf.vulkan.interface import DeviceInfo
@@ -48,7 +49,8 @@ class Shape:
         return {"forward": value, "queries": head, "keys": head + value}[role]
 
 
-def candidates(device: DeviceInfo, role: str, head_vectors: int, value_vectors: int) -> list[Shape]:
+@lru_cache(maxsize=64)
+def candidates(device: DeviceInfo, role: str, head_vectors: int, value_vectors: int) -> tuple[Shape, ...]:
     """Shapes that fit the device, the ones likeliest to be fast first.
 
     Raises:
@@ -69,7 +71,7 @@ def candidates(device: DeviceInfo, role: str, head_vectors: int, value_vectors: 
             f"{device.name} has {device.max_shared_bytes} bytes of shared memory, too few for rows of "
             f'{4 * widest} elements: use backend="cpu"'
         )
-    return found
+    return tuple(found)
 
 
 def _chunk(widest: int, pieces: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TypeAlias
 
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from aat_hf.vulkan import lowering
 from aat_hf.vulkan.buffers import BufferPool
+from aat_hf.vulkan.errors import VulkanError
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider
 
 Content: TypeAlias = "Tensor | NDArray[np.generic] | int"
 """Rows of a tensor (..., dim) in its own dtype, padded to whole vectors; 32-bit words of an array; or room in bytes."""
 
 _LONG = 1 << 20  # bytes whose copy to the device is worth a submission of its own
+_TOGETHER = 24 << 20  # bytes from which that is not delayed until more is written
 _pools: dict[Provider, BufferPool] = {}  # a pool keeps its provider
 _lock = threading.Lock()
 
@@ -51,6 +54,8 @@ class Workspace:
         self._provider, self._pool = provider, pool_of(provider)
         self._owned: list[Buffer] = []
         self._fresh: list[Buffer] = []
+        self._sent = False  # whether something is on its way for the next `start`
+        self._started: list[Callable[[], None]] = []  # what waits for it
 
     def __enter__(self) -> Workspace:
         return self
@@ -58,8 +63,14 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for buffer in self._owned:
-            self._pool.recycle(buffer)
+        try:
+            self._finish_all()
+        except VulkanError:
+            if kind is None:
+                raise
+        finally:
+            for buffer in self._owned:
+                self._pool.recycle(buffer)
 
     def buffers(self, *contents: Content) -> list[Buffer]:
         """A buffer for each of the contents; they are planned together.
@@ -69,6 +80,7 @@ class Workspace:
         """
         taken = self._pool.acquire(*map(_size, contents))
         self._owned += taken
+        long: list[Buffer] = []
         for buffer, content in zip(taken, contents, strict=True):
             if isinstance(content, int):
                 continue
@@ -76,18 +88,43 @@ class Workspace:
                 lowering.write_rows(buffer, content)
             else:
                 lowering.write_words(buffer, content)
-            if buffer.used >= _LONG:
-                self._provider.send(buffer)  # while the next is written
-            else:
+            if buffer.used < _LONG:
                 self._fresh.append(buffer)
+            elif sum(x.used for x in (*long, buffer)) < _TOGETHER:
+                long.append(buffer)
+            else:
+                self._send(*long, buffer)  # while the next is written
+                long = []
+        if long:
+            self._send(*long)
         return taken
 
-    def run(
-        self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = (), meanwhile: Callable[[], object] | None = None
-    ) -> None:
-        """Upload what is new, run, download `fetch`; `meanwhile` as in `Provider.submit`."""
+    def _send(self, *buffers: Buffer) -> None:
+        self._provider.send(*buffers)
+        self._sent = True
+
+    def run(self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = ()) -> None:
+        """Upload what is new, run, download `fetch`."""
+        self.start(*dispatches, fetch=fetch)()
+
+    def start(self, *dispatches: Dispatch, fetch: tuple[Buffer, ...] = ()) -> Callable[[], None]:
+        """`run` that returns while the device works; what it returns waits."""
         fresh, self._fresh = self._fresh, []
-        self._provider.submit(dispatches, upload=fresh, download=fetch, meanwhile=meanwhile)
+        wait = self._provider.start(dispatches, upload=fresh, download=fetch)
+        self._sent = False
+        self._started.append(wait)
+        return partial(self._finish, wait)
+
+    def _finish(self, wait: Callable[[], None]) -> None:
+        self._started.remove(wait)
+        wait()
+
+    def _finish_all(self) -> None:
+        """Leave nothing in flight: after an error the next user of the buffers would write what is being copied."""
+        while self._started:
+            self._started.pop(0)()
+        if self._sent:
+            self._provider.submit(())
 
 
 def _size(content: Content) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -120,6 +122,23 @@ def test_under_the_skip_rule_tiles_stay_single():
     mask = causal_mask(64, 64, CPU)
     call = lowered(TileMap.dense(mask, 1, 2, 32, 16), mask, skip_below=-5.0)
     assert call.joined is call
+
+
+@pytest.mark.parametrize("key_tile", [16, 32])
+def test_a_call_is_no_part_of_a_cycle(key_tile):
+    """It holds the map of a layer and step, which should go with the last reference to it."""
+    mask = causal_mask(64, 64, CPU)
+    call = lowered(TileMap.dense(mask, 1, 2, 32, key_tile), mask)
+    parts = call.joined, call.joined.heads(0, 1, (1, 1, 2, 2))
+    tiles = [part.tiles for part in (call, *parts)]
+    assert all(part.tiles is kept for part, kept in zip((call, *parts), tiles, strict=True))
+    alive = [weakref.ref(x) for x in (call, *parts)]
+    gc.disable()
+    try:
+        del call, parts
+        assert [x() for x in alive] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_map_without_tiles():

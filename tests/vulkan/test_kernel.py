@@ -128,8 +128,8 @@ def test_without_subgroup_shuffles(monkeypatch):
 
 def test_one_submission_without_copies_of_results(provider, monkeypatch):
     """Only what a shader reads is uploaded: a result among it would need a submission of its own with kompute."""
-    calls, submit = [], provider.submit
-    monkeypatch.setattr(provider, "submit", lambda *a, **k: calls.append((a[0], k["upload"])) or submit(*a, **k))
+    calls, start = [], provider.start
+    monkeypatch.setattr(provider, "start", lambda *a, **k: calls.append((a[0], k["upload"])) or start(*a, **k))
     mask, tensors = causal_mask(50, 50, CPU), inputs(1, 2, 1, 50, 50, 32)
     run(tensors, random_map(mask, 1, 2, 32, 32), mask, 0.3)
     assert len(calls) == 2  # forward and backward
@@ -137,14 +137,17 @@ def test_one_submission_without_copies_of_results(provider, monkeypatch):
         assert set().union(*map(limits.written_buffers, dispatches)).isdisjoint(map(id, upload))
 
 
-def test_long_inputs_are_sent_while_others_are_written(provider, monkeypatch):
+@pytest.mark.parametrize(("together", "first"), [(0, 1), (3 * 4 * 40 * 32, 2), (1 << 20, 3)])
+def test_long_inputs_are_sent_while_others_are_written(together, first, provider, monkeypatch):
     sent, send = [], provider.send
     monkeypatch.setattr(workspace, "_LONG", 4 * 40 * 32)
-    monkeypatch.setattr(provider, "send", lambda buffer: sent.append(buffer.used) or send(buffer))
+    monkeypatch.setattr(workspace, "_TOGETHER", together)
+    monkeypatch.setattr(provider, "send", lambda *buffers: sent.append([x.used for x in buffers]) or send(*buffers))
     mask, tensors = causal_mask(40, 40, CPU), inputs(1, 2, 1, 40, 40, 32)
     for _ in range(3):
         check(tensors, random_map(mask, 1, 2, 32, 32), mask)
-    assert len(sent) >= 3 * (3 + 4) and min(sent) == 4 * 40 * 32
+    assert len(sent[0]) == first  # of q, twice as long as k and v
+    assert sum(map(len, sent)) >= 3 * (3 + 4) and min(map(min, sent)) == 4 * 40 * 32
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1e-3])

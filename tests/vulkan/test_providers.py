@@ -10,6 +10,7 @@ import pytest
 
 from aat_hf.vulkan.errors import VulkanError, VulkanLimitError
 from aat_hf.vulkan.interface import Buffer, Dispatch, Provider, float_bits
+from aat_hf.vulkan.provider import make
 
 pytestmark = pytest.mark.vulkan
 COUNT = 100
@@ -78,22 +79,42 @@ def test_what_was_sent_is_there(provider, xyz):
         assert np.all(numbers(y) == 2 * round_) and np.all(numbers(x) == 10 + round_)
 
 
-def test_meanwhile_is_called_once_and_its_error_passes(provider, xyz):
+def test_submissions_that_are_waited_for_later(provider, xyz):
+    """In any order; each sees what those started before it wrote, and what was sent while they ran."""
     x, y, z = xyz
-    calls = []
-    chain = [step(x, y, 2.0), step(y, z)]  # two batches
-    provider.submit(chain, upload=[x], download=[z], meanwhile=lambda: calls.append(1))
-    assert calls == [1] and np.array_equal(numbers(z), 2 * np.arange(COUNT))
-    provider.submit([], meanwhile=lambda: calls.append(2))
-    assert calls == [1, 2]
+    other, last = provider.buffer(4 * COUNT), provider.buffer(4 * COUNT)
+    for round_ in range(3):
+        first = provider.start([step(x, y, 2.0), step(y, z)], upload=[x], download=[z])  # two batches
+        numbers(other)[:] = round_
+        provider.send(other)
+        second = provider.start([step(z, y, 3.0)], download=[y])
+        third = provider.start([step(other, last, 1.0, 1)], download=[last])
+        for wait in (third, first, second) if round_ % 2 else (first, second, third):
+            wait()
+        assert np.array_equal(numbers(z), 2 * np.arange(COUNT))
+        assert np.array_equal(numbers(y), 6 * np.arange(COUNT))
+        assert np.all(numbers(last) == round_ + 1)
+    for buffer in (other, last):
+        provider.release(buffer)
 
-    def fail() -> None:
-        raise MemoryError("no room for results")
 
-    with pytest.raises(MemoryError, match="no room"):
-        provider.submit(chain, upload=[x], download=[z], meanwhile=fail)
-    provider.submit([step(x, y, 3.0)], upload=[x], download=[y])  # nothing is left in flight
-    assert np.array_equal(numbers(y), 3 * np.arange(COUNT))
+def test_a_buffer_in_flight_may_be_released(provider, xyz):
+    x, y, _ = xyz
+    buffer = provider.buffer(4 * COUNT)
+    wait = provider.start([step(x, y), step(x, buffer)], upload=[x], download=[y])
+    provider.release(buffer)
+    wait()
+    assert np.array_equal(numbers(y), np.arange(COUNT))
+
+
+def test_waiting_for_a_closed_provider_is_an_error(binding, device):
+    made = make(binding, device)
+    x, y = made.buffer(4 * COUNT), made.buffer(4 * COUNT)
+    wait = made.start([step(x, y)], upload=[x], download=[y])
+    made.close()
+    if made.overlaps:
+        with pytest.raises(VulkanError, match="closed"):
+            wait()
 
 
 def test_a_sent_buffer_may_be_released(provider, xyz):

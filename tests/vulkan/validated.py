@@ -49,13 +49,13 @@ def main(binding: str, kind: str, *without: str) -> None:
     provider = make(binding, dataclasses.replace(probe().devices[0], kind=kind))
     if without and binding == "vulkan":
         provider._barrier = lambda *_: None
-    submit, ran = provider.submit, set()
+    start, ran = provider.start, set()
 
-    def recorded(dispatches, upload=(), download=(), **options):
+    def recorded(dispatches, upload=(), download=()):
         ran.update(dispatch.shader for dispatch in dispatches)
-        submit(dispatches, upload, download, **options)
+        return start(dispatches, upload, download)
 
-    provider.submit, kernel.get_provider = recorded, lambda: provider
+    provider.start, kernel.get_provider = recorded, lambda: provider
     smoke.run(provider)
     for subgroups, sent_from in ((shapes.subgroups, workspace._LONG), (lambda device: False, 0)):
         shapes.subgroups, workspace._LONG = subgroups, sent_from
