@@ -6,6 +6,7 @@ Interleaved in one process. Prefill is also checked: the change in NLL is printe
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,12 +93,14 @@ def _decode(args: argparse.Namespace, model: Any, input_ids: Tensor, steps: int 
     """`steps` tokens after a prefill; below `decode_from` keys both implementations compute single tokens exactly."""
     model.set_attn_implementation("aat")
     cache = DynamicCache(config=model.config)
-    model(input_ids, past_key_values=cache, logits_to_keep=1)
+    # Transformers 5.24 gave the argument a new name
+    named = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    model(input_ids, **named, logits_to_keep=1)
 
     def run(name: str) -> None:
         model.set_attn_implementation(name)
         for step in range(steps):
-            model(input_ids[:, step : step + 1], past_key_values=cache)
+            model(input_ids[:, step : step + 1], **named)
         cache.crop(-steps)
 
     with aat_hf.record(model) as report:

@@ -31,7 +31,6 @@ from aat_hf.hf.guard import install
 REFUSED = {
     "bloom": "BloomForCausalLM",
     "mpt": "MptForCausalLM",
-    "gptj": "GPTJForCausalLM",
     "gpt_neo": "GPTNeoForCausalLM",
     "falcon": "FalconForCausalLM",
     "xlnet": "XLNetLMHeadModel",

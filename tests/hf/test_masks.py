@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_checks import check
@@ -94,7 +95,7 @@ def mistral(window: int | None = None) -> MistralConfig:
 @pytest.mark.parametrize("pad", ["none", "left", "right", "both", "ones"])
 @pytest.mark.parametrize("creator", CAUSAL)
 def test_causal_masks_without_a_cache(creator: Any, pad: str) -> None:
-    both(creator, 21, True, attention_mask=padding(pad, 21), past_key_values=None)
+    both(creator, 21, True, attention_mask=padding(pad, 21), **using(None))
 
 
 @pytest.mark.parametrize("pad", ["none", "left", "right"])
@@ -127,7 +128,7 @@ def test_caches_shift_queries_and_keys(creator: Any, kind: str, pad: str, querie
         "static-sliding": lambda: StaticCache(mistral(WINDOW), max_cache_len=32),
     }
     cache = filled(make[kind](), seen)
-    both(creator, queries, True, attention_mask=padding(pad, seen + queries), past_key_values=cache)
+    both(creator, queries, True, attention_mask=padding(pad, seen + queries), **using(cache))
 
 
 def test_the_counter_of_a_static_cache_is_copied() -> None:
@@ -146,8 +147,8 @@ def test_packed_documents_are_intervals(creator: Any, starts: list[int]) -> None
     begin = torch.stack([torch.tensor(starts)[torch.bucketize(index, torch.tensor(starts), right=True) - 1]] * 2)
     begin[1] = 0
     positions = index - begin
-    both(creator, 21, True, attention_mask=None, past_key_values=None, position_ids=positions)
-    both(creator, 21, True, attention_mask=None, past_key_values=None, position_ids=positions[:1])
+    both(creator, 21, True, attention_mask=None, **using(None), position_ids=positions)
+    both(creator, 21, True, attention_mask=None, **using(None), position_ids=positions[:1])
 
 
 RULES = [
@@ -195,7 +196,7 @@ def only_even(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 @pytest.mark.parametrize("pad", ["none", "left"])
 @pytest.mark.parametrize("creator", CAUSAL)
 def test_user_functions_are_asked(creator: Any, pad: str) -> None:
-    common = dict(attention_mask=padding(pad, 21), past_key_values=None)
+    common = dict(attention_mask=padding(pad, 21), **using(None))
     both(creator, 21, False, or_mask_function=image_block, **common)
     both(creator, 21, False, and_mask_function=only_even, **common)
     both(creator, 21, False, or_mask_function=image_block, and_mask_function=only_even, **common)
@@ -214,7 +215,7 @@ def test_user_functions_may_index_their_own_tensors() -> None:
             queries,
             False,
             attention_mask=None,
-            past_key_values=cache,
+            **using(cache),
             and_mask_function=rule,
         )
 
@@ -223,7 +224,7 @@ def test_user_functions_may_index_their_own_tensors() -> None:
 def test_blocks_of_images(creator: Any) -> None:
     ids = torch.full((2, 21), -1)
     ids[0, 2:8], ids[1, 4:9], ids[1, 12:20] = 0, 0, 1
-    both(creator, 21, False, attention_mask=padding("left", 21), past_key_values=None, block_sequence_ids=ids)
+    both(creator, 21, False, attention_mask=padding("left", 21), **using(None), block_sequence_ids=ids)
 
 
 def test_a_function_that_only_looks_like_the_library_s_is_asked() -> None:
