@@ -30,12 +30,24 @@ def entry(**changes):
 
 
 def test_the_nearest_measured_head_dimension_counts():
-    assert router.costs(CPU, torch.float32, 64) == router.DEFAULTS["cpu"]
+    assert router.costs(CPU, torch.float32, 64) == router.default_costs(torch.get_num_threads())
     router.save([entry(), entry(head_dim=128, forward=0.5)])
     assert router.costs(CPU, torch.float32, 80).forward == 0.8
     assert router.costs(CPU, torch.float32, 200).forward == 0.5
-    assert router.costs(CPU, torch.bfloat16, 64) == router.DEFAULTS["cpu"]
+    assert router.costs(CPU, torch.bfloat16, 64) == router.default_costs(torch.get_num_threads())
     assert router.costs(CPU, torch.float64, 64).forward == 3.0
+
+
+def test_more_threads_tile_longer_calls_only():
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            found.append(router.shortest(AATConfig(), CPU, torch.float32, 64))
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3072, 3072, 16384]
 
 
 def test_a_broken_or_foreign_profile_is_not_used(caplog):
@@ -46,7 +58,7 @@ def test_a_broken_or_foreign_profile_is_not_used(caplog):
         router.profile_path().write_text(json.dumps(spoilt))
         router.measured.cache_clear()
         caplog.clear()
-        assert router.costs(CPU, torch.float32, 64) == router.DEFAULTS["cpu"]
+        assert router.costs(CPU, torch.float32, 64) == router.default_costs(torch.get_num_threads())
         assert bool(caplog.records) == warns
 
 
@@ -54,7 +66,7 @@ def test_the_file_can_be_ignored(monkeypatch):
     router.save([entry()])
     monkeypatch.setenv("AAT_PROFILE", "none")
     router.measured.cache_clear()
-    assert router.costs(CPU, torch.float32, 64) == router.DEFAULTS["cpu"]
+    assert router.costs(CPU, torch.float32, 64) == router.default_costs(torch.get_num_threads())
 
 
 def test_dense_maps_go_to_exact_attention_unless_a_backend_is_named(small):

@@ -13,6 +13,7 @@ from numba import njit
 
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import KEYS, Bytes, Floats, Matrix, Numbers, Rule, aligned, entry, jit, load
+from aat_hf.kernels.simd_borrow import borrowed
 from aat_hf.kernels.simd_dots import dots
 from aat_hf.kernels.simd_emit import LANES, LOWEST, MASKED, PANEL
 
@@ -136,6 +137,7 @@ def predict(
         kinds: (batch, key_tiles), UNSEEN, SUMMARISED or SCORED.
         mass: (batch * heads, blocks * tiles of a block); top: (batch * heads, blocks), as in `score`.
     """
+    q, k, means, variances, kinds, span, mass, top = borrowed((q, k, means, variances, kinds, span, mass, top))
     group, dim, block = span.heads // span.kv_heads, q.shape[1], mass.shape[1] // top.shape[1]
     scratch, state = aligned(span.key_tile * dim), aligned(4 * PANEL).reshape(4, PANEL)
     size = (block - 1) // PANEL * PANEL + PANEL
@@ -196,6 +198,7 @@ def score(
         top: (batch * heads, blocks) base-2 maxima; NaN where a score is not finite.
     """
     group, size = span.heads // span.kv_heads, span.block * span.key_tile
+    q, k, span, opened, weights, mass, top = borrowed((q, k, span, opened, weights, mass, top))
     scratch, state = aligned(KEYS * q.shape[1]), aligned(4 * PANEL).reshape(4, PANEL)
     padded = (size - 1) // PANEL * PANEL + PANEL
     line = aligned(group * padded).reshape(group, padded)
@@ -271,6 +274,7 @@ def mix(counter: Numbers, v: Matrix, span: Span, weights: Floats, kept: Bytes, o
         kept: (batch * heads, blocks * block), 1 for tiles whose values are read.
     """
     group = span.heads // span.kv_heads
+    v, span, weights, kept, out = borrowed((v, span, weights, kept, out))
     scratch = aligned(span.key_tile * out.shape[2])
     while True:
         item = simd.take_number(counter.ctypes.data)

@@ -41,7 +41,7 @@ class Costs(NamedTuple):
     shortest: int
 
 
-DEFAULTS = {"cpu": Costs(1.0, 1.1, 3072)}
+_SHORTEST_PER_THREAD = 1024  # what runs on one thread, as choosing does in part, weighs more beside a faster SDPA
 DECODE_FROM = 32768  # keys from which one query's tiles are selected, if the cache has summaries of them
 DECODE_VALUES_FROM = 32768  # keys from which selecting its values alone is clearly faster than SDPA
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
@@ -50,16 +50,21 @@ _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 def costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
     """Costs of a call: measured for its dtype and the nearest head dimension, else the defaults."""
     measured()  # forgets the cached costs when it reads the file again
-    return _costs(device.type, dtype, head_dim)
+    return _costs(device.type, dtype, head_dim, torch.get_num_threads())
 
 
 @lru_cache(maxsize=64)
-def _costs(device: str, dtype: torch.dtype, head_dim: int) -> Costs:
+def _costs(device: str, dtype: torch.dtype, head_dim: int, threads: int) -> Costs:
     known = [entry for entry in measured() if entry["device"] == device and entry["dtype"] == _name(dtype)]
     if not known or (device == "cpu" and dtype == torch.float64):
-        return DEFAULTS[device] if device in DEFAULTS and dtype != torch.float64 else _GATHER
+        return default_costs(threads) if device == "cpu" and dtype != torch.float64 else _GATHER
     nearest = min(known, key=lambda entry: abs(entry["head_dim"] - head_dim))
     return Costs(nearest["forward"], nearest["backward"], nearest["shortest"])
+
+
+def default_costs(threads: int) -> Costs:
+    """Cautious costs of the CPU kernel on so many threads, where nothing was measured."""
+    return Costs(1.0, 1.1, _SHORTEST_PER_THREAD * max(3, threads))
 
 
 def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
