@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from aat_hf.data.pretrained import MINILM, QWEN05, SMOLLM2, cache_dir
+from aat_hf.data.packaged import GEMMA3, MINILM, QWEN05, SMOLLM2
+from aat_hf.data.pretrained import cache_dir
 from aat_hf.vulkan import guard, provider
 from aat_hf.vulkan.probe import probe
 
@@ -229,7 +230,7 @@ def _caches() -> list[Finding]:
     else:
         fix = "export AAT_CACHE=/a/folder/you/may/write/to"
         found = [Finding(group, "aat_hf", MISSING, f"{cache} is not writable", fix)]
-    fetchers = {"fetch_smollm2": SMOLLM2, "fetch_minilm": MINILM, "fetch_qwen05": QWEN05}
+    fetchers = {"fetch_smollm2": SMOLLM2, "fetch_minilm": MINILM, "fetch_qwen05": QWEN05, "fetch_gemma3": GEMMA3}
     for fetcher, model in fetchers.items():
         if (cache / "models" / model.folder / "config.json").is_file():
             found.append(Finding(group, model.folder, OK, "converted"))

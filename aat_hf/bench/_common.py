@@ -14,11 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 from aat_hf.compare import replaced_attention
-from aat_hf.data import TextUnavailableError, austen, fetch_qwen05, fetch_smollm2, read_text
+from aat_hf.data import TextUnavailableError, austen, fetch_gemma3, fetch_qwen05, fetch_smollm2, read_text
 from aat_hf.hf.masks import from_argument
 from aat_hf.tiling.masks import AttentionMask
 
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": fetch_smollm2, "qwen05": fetch_qwen05}
+MODELS: dict[str, Callable[[], Path]] = {"smollm2": fetch_smollm2, "qwen05": fetch_qwen05, "gemma3": fetch_gemma3}
 TEXTS: dict[str, Callable[[int], str]] = {
     "code": lambda characters: read_text(None, min_chars=characters),
     "prose": lambda characters: austen("Emma")[:characters],

@@ -9,6 +9,7 @@ from aat_hf.data.loader import DataLoader, Tokenizer
 from aat_hf.data.pretrained import (
     ModelUnavailableError,
     cache_dir,
+    fetch_gemma3,
     fetch_minilm,
     fetch_qwen05,
     fetch_smollm2,
@@ -28,6 +29,7 @@ __all__ = [
     "austen",
     "cache_dir",
     "encode_dataset",
+    "fetch_gemma3",
     "fetch_minilm",
     "fetch_qwen05",
     "fetch_smollm2",

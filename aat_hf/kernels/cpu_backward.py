@@ -30,6 +30,7 @@ from aat_hf.kernels.cpu_matrices import (
     place,
     seen_keys,
     store,
+    widen,
 )
 from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LOWEST, PANEL
@@ -75,17 +76,6 @@ def _dot(x: Floats, y: Floats, row: int) -> Any:
 
 
 @jit
-def _widen(rows: Floats, width: int, out: Floats) -> None:
-    """Copy (n, dim) into rows of `width` floats, the rest 0."""
-    dim = rows.shape[1]
-    for i in range(rows.shape[0]):
-        for d in range(dim):
-            out[i * width + d] = rows[i, d]
-        for d in range(dim, width):
-            out[i * width + d] = 0
-
-
-@jit
 def _load_queries(
     at: int, count: int, q: Matrix, out: Matrix, d_out: Matrix, lse: Floats, d_lse: Floats, factor: np.float32,
     work: Backward,
@@ -95,12 +85,12 @@ def _load_queries(
     dim = rows.shape[1]
     work.q_rows.fill(0)
     work.do_rows.fill(0)
-    _widen(rows, padded(dim), work.q_rows)
+    widen(rows, padded(dim), work.q_rows)
     for p in range(padded(count) // PANEL):
         pack(rows, p * PANEL, factor, work.q[p * dim * PANEL :])
     rows = load(d_out, at, count, work.scratch)
     dim = rows.shape[1]
-    _widen(rows, padded(dim), work.do_rows)
+    widen(rows, padded(dim), work.do_rows)
     for p in range(padded(count) // PANEL):
         pack(rows, p * PANEL, np.float32(1), work.do[p * dim * PANEL :])
     out_rows = load(out, at, count, work.out_rows)

