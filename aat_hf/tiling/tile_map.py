@@ -46,11 +46,12 @@ class TileMap:
         stored = (levels != CULLED) & (states != NONE)
         batch, heads, query_tiles, key_tiles = levels.shape
         place, cells = _places(stored), query_tiles * key_tiles
+        first = torch.arange(batch * heads * query_tiles + 1, device=place.device) * key_tiles
         head = place // cells
         of_batch = head // heads * states.shape[1] if states.shape[0] > 1 else 0
         of_head = head % heads if states.shape[1] > 1 else 0
         return cls(
-            row_start=torch.nn.functional.pad(stored.flatten(0, 2).sum(-1).cumsum(0), (1, 0)),
+            row_start=torch.searchsorted(place, first),  # a sum of bools would make them int64 first
             columns=place % key_tiles,
             levels=levels.flatten()[place],
             cut=states.flatten()[(of_batch + of_head) * cells + place % cells] == PARTIAL,
