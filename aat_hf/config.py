@@ -52,11 +52,12 @@ class AATConfig:
         max_kept: a query tile that would keep more than this fraction of its tiles keeps all of them, in (0, 1].
         dense_prefix: query rows that see at most so many keys are exact.
         min_length: calls with fewer keys than this go to exact attention; None: the break-even length that
-            `aat calibrate` measured on this machine; before that 3072 on a CPU, 2048 elsewhere.
+            `aat calibrate` measured on this machine; before that 1024 per thread on a CPU, 3072 at least, and 2048
+            elsewhere.
         decode_from: a single query (a decoding step) that sees at least so many keys reads the values of the heaviest
             tiles only, chosen by their exact probability; with an `aat_hf.AATCache` and mode "tiled" the keys of likely
-            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 32768. On a CPU;
-            elsewhere single queries are exact.
+            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 65536, with such a
+            cache 32768. On a CPU; elsewhere single queries are exact.
         control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.

@@ -43,7 +43,7 @@ class Costs(NamedTuple):
 
 _SHORTEST_PER_THREAD = 1024  # what runs on one thread, as choosing does in part, weighs more beside a faster SDPA
 DECODE_FROM = 32768  # keys from which one query's tiles are selected, if the cache has summaries of them
-DECODE_VALUES_FROM = 32768  # keys from which selecting its values alone is clearly faster than SDPA
+DECODE_VALUES_FROM = 65536  # keys from which selecting its values alone is clearly faster than SDPA
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 
