@@ -56,8 +56,8 @@ class AATConfig:
             elsewhere.
         decode_from: a single query (a decoding step) that sees at least so many keys reads the values of the heaviest
             tiles only, chosen by their exact probability; with an `aat_hf.AATCache` and mode "tiled" the keys of likely
-            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 65536, with such a
-            cache 32768. On a CPU; elsewhere single queries are exact.
+            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 65536, or 32768
+            with such a cache. On a CPU; elsewhere single queries are exact.
         control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.
