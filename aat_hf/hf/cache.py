@@ -84,7 +84,8 @@ class AATLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """See `DynamicLayer.crop`."""
         remove = super().crop
-        self._change(lambda: remove(tokens_to_remove), lambda summaries: summaries.crop(self.get_seq_length()))
+        if self.get_seq_length():
+            self._change(lambda: remove(tokens_to_remove), lambda summaries: summaries.crop(self.get_seq_length()))
 
     def reset(self) -> None:
         """See `DynamicLayer.reset`."""

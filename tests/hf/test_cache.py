@@ -162,6 +162,7 @@ def test_operations(name, summarised, mode):
             OPERATIONS[name](layer)
         if name == "reset":
             assert layers[0].keys is None and layers[0].get_seq_length() == 0
+            layers = layers[0], DynamicLayer()  # before Transformers 5.24 theirs kept tokens of zeros
         else:
             assert equal(layers) and summaries_of(layers[0].keys) is known
             wanted = {"reorder": [4, 5, 0, 1, 0, 1], "repeat": [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5],
