@@ -44,7 +44,8 @@ class AATConfig:
         selector: name of a registered tile selector (`aat_hf.tiling.select.SELECTORS`).
         query_tile, key_tile: rows and keys of a tile.
         summary_keys: keys of one summary (count, mean, variance); divides key_tile or is larger.
-        sample_stride: every so many query rows one is measured exactly.
+        sample_stride: every so many query rows one is scored against every key (in 8-bit integers where the processor
+            is faster with them).
         predict_stride: every so many query rows one is predicted from the moments.
         sink_keys: the tiles of so many first keys are always exact.
         local_keys: so are the tiles of a query tile's own keys and of so many keys before and after them.
@@ -58,7 +59,7 @@ class AATConfig:
             tiles only, chosen by their exact probability; with an `aat_hf.AATCache` and mode "tiled" the keys of likely
             tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 65536, or 32768
             with such a cache. On a CPU; elsewhere single queries are exact.
-        control_rows: random rows per call whose exact tile masses check the map before it is used; a head that
+        control_rows: random rows per call whose measured masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.
         audit: "recorded" (only while `aat_hf.record` listens), "always" or "never".

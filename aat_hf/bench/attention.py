@@ -170,7 +170,7 @@ def whole(args: argparse.Namespace) -> list[AttentionResult]:
 
         def look(layer: int, q: Tensor, k: Tensor, v: Tensor, *_: Any, kept: list[Any] = kept) -> None:
             if layer in args.layers:
-                kept.append((layer, q.clone(), k.clone(), v.clone()))
+                kept.append((layer, *(x.to(args.device, copy=True) for x in (q, k, v))))
 
         with progress(f"{args.model}, {keys} tokens", 0):
             look_at_layers(model, input_ids, look)

@@ -1,4 +1,4 @@
-"""Measuring: exact Born probabilities of the tiles for chosen query rows.
+"""Measuring: Born probabilities of the tiles for chosen query rows, from their scores against all keys.
 
 psi = sqrt(softmax) is a state; measuring it with the projectors on the key tiles gives tile J with probability
 P(J) = sum_{j in J} p_j. The scores of a row are computed against all its keys and summed per tile.
