@@ -6,13 +6,17 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-_INLINE_WORK = 1 << 24  # multiply-adds below which waking a thread costs more than it brings
+from aat_hf.kernels.cpu_team import team
+
+_INLINE_WORK = 1 << 22  # multiply-adds below which waking a thread costs more than it brings
 _log = logging.getLogger("aat_hf")
 
 
@@ -22,13 +26,12 @@ def run(loop: Any, work: int, *arguments: Any) -> None:
         _compile(loop, arguments)
     counter = np.zeros(1, np.int64)
     count = torch.get_num_threads() if work >= _INLINE_WORK else 1
-    futures = [_threads.submit(count, loop, counter, *arguments) for _ in range(count - 1)]
-    try:
+    if count == 1:
         loop(counter, *arguments)
-    finally:
-        for future in futures:
-            if not future.cancel():  # a thread that never woke up is not waited for: the queue is empty
-                future.result()
+    elif team.available:
+        team.run(count, partial(loop, counter, *arguments))
+    else:
+        _run_in_pool(count, partial(loop, counter, *arguments))
 
 
 def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
@@ -49,8 +52,18 @@ def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
         done.set()
 
 
+def _run_in_pool(count: int, function: Callable[[], None]) -> None:
+    futures = [_threads.submit(count, function) for _ in range(count - 1)]
+    try:
+        function()
+    finally:
+        for future in futures:
+            if not future.cancel():  # a thread that never woke up is not waited for: the queue is empty
+                future.result()
+
+
 class _Threads:
-    """A process-wide pool that grows to the largest number of threads asked for; a forked child starts anew."""
+    """Where torch has no `team`: a process-wide pool, as large as was ever asked for; a forked child starts anew."""
 
     def __init__(self) -> None:
         self.reset()
@@ -58,13 +71,13 @@ class _Threads:
     def reset(self) -> None:
         self.lock, self.size, self.pool = threading.Lock(), 0, ThreadPoolExecutor(1)
 
-    def submit(self, count: int, function: Any, *arguments: Any) -> Future[None]:
+    def submit(self, count: int, function: Callable[[], None]) -> Future[None]:
         """Have `function` called by one of at least `count` threads."""
         with self.lock:
             if count > self.size:
                 self.pool.shutdown(wait=False)  # what it runs is finished first
                 self.size, self.pool = count, ThreadPoolExecutor(count, thread_name_prefix="aat_hf")
-            return self.pool.submit(function, *arguments)
+            return self.pool.submit(function)
 
 
 _threads = _Threads()
