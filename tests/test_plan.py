@@ -22,7 +22,7 @@ def test_heads_planned_in_groups_get_the_maps_of_the_whole(
     sinks = torch.linspace(-1, 1, heads) if with_sinks else None
     scene = Scene.of(q, k, mask, 0.25, small.replace(coarse=coarse), None, sinks)
     whole, expected, cells = planning.plan(scene, with_cells=True)
-    monkeypatch.setitem(planning._GROUP_CELLS, "cpu", 1)
+    monkeypatch.setitem(planning._GROUP_BYTES, "cpu", 1)
     seen = []
     monkeypatch.setattr(planning, "_planned", lambda *part, of=planning._planned: seen.append(part) or of(*part))
     parts, found, of_parts = planning.plan(scene, with_cells=True)

@@ -15,7 +15,7 @@ from aat_hf.tiling.measure import scores_by_tile
 from aat_hf.tiling.moments import log_mass, summarise
 from aat_hf.tiling.order import closed_tiles
 from aat_hf.tiling.select import select_tiles
-from aat_hf.tiling.selectors import with_neighbours
+from aat_hf.tiling.selectors import blend
 
 LEAF = 16
 ESTIMATES = ("oracle", "moments", "mix")
@@ -116,7 +116,7 @@ class Head:
         if name == "moments":
             return predicted
         measured = _mean(masses[self._sampled(layout, layout.config.sample_stride)], layout)
-        return with_neighbours((measured + predicted) / 2, layout.states)
+        return blend(measured, predicted, layout.states)
 
     def output(self, layout: Layout, kept: Tensor, rows: Tensor) -> Tensor:
         """Attention of `rows` (R,) to the `kept` tiles alone, renormalised: (R, value_dim)."""

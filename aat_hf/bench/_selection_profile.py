@@ -15,7 +15,7 @@ from aat_hf.tiling.layout import forced_tiles
 from aat_hf.tiling.moments import summarise
 from aat_hf.tiling.repair import select_and_repair
 from aat_hf.tiling.select import Scene
-from aat_hf.tiling.selectors import SELECTORS, with_neighbours
+from aat_hf.tiling.selectors import SELECTORS, blend
 from aat_hf.tiling.tile_map import EXACT, TileMap
 
 
@@ -33,7 +33,7 @@ def selection_steps(scene: Scene, rounds: int) -> dict[str, float]:
         "summarise": partial(summarise, scene.k, config.key_tile, config.summaries),
         "measure": partial(SELECTORS["measured"], scene),
         "predict": partial(SELECTORS["moments"], scene),
-        "neighbours": partial(with_neighbours, mass, scene.states),
+        "blend": partial(blend, mass, mass, scene.states),
         "choose and repair": partial(select_and_repair, scene, mass, forced),
         "compress": partial(TileMap.from_dense, levels, scene.states, *tiles),
     }

@@ -200,7 +200,7 @@ def _whole_line(
     what = f"layer {layer}, tolerance {tolerance:g}"
     milliseconds = dict(result.stages)
     if args.profile and result.tile_map is not None:
-        scene = Scene.of(q, k, mask, q.shape[3] ** -0.5, config)
+        scene = Scene.of(q.contiguous(), k.contiguous(), mask, q.shape[3] ** -0.5, config)
         milliseconds |= selection_steps(scene, args.rounds)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items())
     if result.tile_map is None:

@@ -1,7 +1,6 @@
 """Choosing tiles on the CPU, compiled by numba: `aat_hf.tiling.select.select_tiles` without sorting.
 
-The mass at which the dropped tiles use up the tolerance is found by partitions around a pivot (Hoare's selection,
-weighted): what lies on one side is settled as a whole.
+The mass at which the dropped tiles use up the tolerance is found by bisection.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_matrices import entry, jit
+from aat_hf.kernels.cpu_matrices import aligned, entry, jit
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.simd_borrow import borrowed, hold
-from aat_hf.tiling.masks import NONE
+from aat_hf.kernels.simd_choose import amounts, below, keep
+from aat_hf.kernels.simd_emit import LANES
 
-_CELL_WORK = 32  # about as many multiply-adds take as long as one tile
+_CELL_WORK = 8  # about as many multiply-adds take as long as one tile
 
 
 def choose_tiles(
@@ -58,65 +58,58 @@ def choose(
     """
     mass, forced, states, tolerance, free, kept = borrowed((mass, forced, states, tolerance, free, kept))
     batch, heads, query_tiles, tiles = mass.shape
-    memory = np.empty(tiles, np.float32), np.empty(tiles, np.float32)
-    spare, larger = borrowed(memory)
+    memory = aligned(tiles + LANES), np.empty(5, np.float64)
+    amount, sums = borrowed(memory)
     while True:
         taken = simd.take_number(counter.ctypes.data)
         if taken >= batch * heads * query_tiles:
             hold(memory)
             return
         b, h, row = taken // query_tiles // heads, taken // query_tiles % heads, taken % query_tiles
-        must = forced[min(b, forced.shape[0] - 1), min(h, forced.shape[1] - 1), row]
-        state = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1), row]
-        masses, keep = mass[b, h, row], kept[b, h, row]
-        visible, count, whole = 0, 0, 0.0
-        for tile in range(tiles):
-            if state[tile] != NONE:
-                amount = _amount(masses[tile], units)
-                visible += 1
-                whole += amount
-                spare[count] = amount
-                count += not must[tile] and amount > 0
-        threshold = _threshold(spare, larger, count, np.float64(tolerance[b, h]) * (whole + free[b, h, row]))
-        for tile in range(tiles):
-            keep[tile] = (state[tile] != NONE) & (must[tile] | (_amount(masses[tile], units) >= threshold))
-        if keep.sum() > max_kept * visible:
-            for tile in range(tiles):
-                keep[tile] = state[tile] != NONE
+        must = forced[min(b, forced.shape[0] - 1), min(h, forced.shape[1] - 1), row].ctypes.data
+        state = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1), row].ctypes.data
+        at, out, found = amount.ctypes.data, kept[b, h, row].ctypes.data, sums.ctypes.data
+        amounts(mass[b, h, row].ctypes.data, must, state, tiles, at, found, units)
+        visible, budget = sums[1], np.float64(tolerance[b, h]) * (sums[0] + free[b, h, row])
+        bar = (
+            np.float32(np.inf)
+            if sums[2] <= budget
+            else _least_kept(amount[: int(sums[4])], budget, np.float32(sums[3]), sums)
+        )
+        keep(at, must, state, tiles, out, found, bar)
+        if sums[0] > max_kept * visible:
+            keep(at, must, state, tiles, out, found, np.float32(0))
 
 
 @jit
-def _amount(mass: np.float32, units: np.float32) -> np.float32:
-    """A mass, 1 at most and for NaN, as a whole number of units, rounded up."""
-    return np.ceil(max(mass, np.float32(0)) * units) if mass <= 1 else units
-
-
-@jit
-def _threshold(spare: NDArray[np.float32], larger: NDArray[np.float32], count: int, budget: float) -> np.float32:
+def _least_kept(
+    amount: NDArray[np.float32], budget: float, greatest: np.float32, sums: NDArray[np.float64]
+) -> np.float32:
     """The smallest amount that is kept when all smaller ones, in sum <= `budget`, are dropped; of equal ones all.
 
+    Bisection: the sum of all amounts <= low is within the budget, that of those <= high, one of them, is not.
+
     Args:
-        spare: the amounts are the first `count`; overwritten.
-        larger: of that size, overwritten.
+        amount: whole vectors, 0 for those that do not count.
+        greatest: of the amounts, whose sum is above the budget.
+        sums: (3,), overwritten.
     """
-    spent = np.float64(0)
-    while count:
-        a, b, c = spare[0], spare[count // 2], spare[count - 1]
-        pivot = max(min(a, b), min(max(a, b), c))
-        low, high, below = 0, 0, np.float64(0)
-        for i in range(count):  # without branches: which way an amount goes cannot be predicted
-            amount = spare[i]
-            spare[low] = amount
-            larger[high] = amount
-            low += amount < pivot
-            high += amount > pivot
-            below += amount if amount < pivot else np.float32(0)
-        equal = np.float64(pivot) * (count - low - high)
-        if spent + below > budget:
-            count = low
-        elif spent + below + equal > budget:
-            return pivot
+    half, high = np.float32(0.5), greatest
+    low = max(half, half * np.float32(budget / amount.size))  # if none were larger, all would be within the budget
+    bar = min(np.sqrt(low * high), np.float32(budget))
+    while True:
+        below(amount.ctypes.data, amount.size, sums.ctypes.data, bar)
+        if sums[0] > budget:
+            high = np.float32(sums[1])
+            bar = _between(low, high)
+        elif sums[2] >= high:
+            return high
         else:
-            spent += below + equal
-            spare, larger, count = larger, spare, high
-    return np.float32(np.inf)
+            low = bar
+            bar = max(_between(low, high), np.float32(sums[2]))
+
+
+@jit
+def _between(low: np.float32, high: np.float32) -> np.float32:
+    """About the geometric mean, and less than `high`."""
+    return np.sqrt(low * high) * np.float32(1 - 2.0**-23)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from aat_hf.kernels.cpu_team import call_by_team
 from aat_hf.kernels.simd_emit import LANES, PANEL
 
 KEYS = 64  # keys whose scores are held at once
@@ -24,21 +26,39 @@ Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = njit(**_OPTIONS)
+inlined = njit(inline="always", **_OPTIONS)
 # numba's cache looks at a loop's own file only
 _SHARED = sorted(path.name for pattern in ("simd*.py", "cpu_*.py") for path in Path(__file__).parent.glob(pattern))
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
 
 
 def entry(function: Any) -> Any:
-    """Compile a loop that is called from Python, and cache the result on disk where numba finds a place."""
+    """Compile a loop that `cpu_threads.run` calls, and cache the result on disk where numba finds a place.
+
+    The result takes `Team.enter`, a number of threads, and what the loop takes.
+    """
+    scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": jit(function)}
+    call = FunctionType(_call_loop.__code__, scope, function.__name__)
     # The cache's file is named after this, so that a change of what all loops share counts.
-    function.__qualname__ = f"{function.__name__}_{LANES}_{_CODE[:16]}"
+    call.__qualname__ = f"{function.__name__}_{LANES}_{_CODE[:16]}"
     try:
-        return njit(cache=True, **_OPTIONS)(function)
+        return njit(cache=True, **_OPTIONS)(call)
     except RuntimeError as error:
         text = "every process will compile the CPU kernels anew, set NUMBA_CACHE_DIR to a writable directory: %s"
         logging.getLogger("aat_hf").warning(text, error)
-        return njit(**_OPTIONS)(function)
+        return njit(**_OPTIONS)(call)
+
+
+def _loop(*arguments: Any) -> None:
+    """In each `entry`, its own loop."""
+
+
+def _call_loop(enter: int, threads: int, *arguments: Any) -> None:
+    """Have `_loop` called by so many threads."""
+    if threads == 1:
+        _loop(*arguments)
+    elif call_by_team(enter, threads, _loop, arguments):
+        raise MemoryError("a thread of the CPU kernels found no memory")
 
 
 class Matrix(NamedTuple):

@@ -11,54 +11,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_bytes import BytePanel, round_panel
-from aat_hf.kernels.cpu_matrices import Matrix, Rule, aligned, entry, jit, load
-from aat_hf.kernels.cpu_row_tiles import (
-    KEYS,
-    LARGEST,
-    TOTAL,
-    Keys,
-    Rows,
-    Slots,
-    Summary,
-    address,
-    exact_tiles,
-    is_whole,
-    predict_tiles,
-    totals,
-    whole_tiles,
-)
+from aat_hf.kernels.cpu_bytes import empty_panel, fill_panel
+from aat_hf.kernels.cpu_matrices import Matrix, Rule, aligned, entry, inlined, load
+from aat_hf.kernels.cpu_row_data import KEYS, LARGEST, TOTAL, Keys, Rows, Slots, Summary
+from aat_hf.kernels.cpu_row_tiles import exact_tiles, is_whole, predict_tiles, totals, whole_tiles
 from aat_hf.kernels.simd_borrow import borrowed, hold
-from aat_hf.kernels.simd_dots import dots
-from aat_hf.kernels.simd_emit import LOWEST, PANEL, VECTORS
+from aat_hf.kernels.simd_emit import LANES, LOWEST, PANEL
+from aat_hf.kernels.simd_transpose import add_rows, transpose
 
 
-@jit
-def _pack_rows(q: Matrix, head: int, batch: int, panel: int, see: Rows, rule: Rule, small: bool, slots: Slots) -> None:
-    """The panel's rows times the factor and their squares, transposed, and the keys that they see."""
-    queries, squares = slots.queries, slots.squares
+@inlined
+def _pack_rows(
+    q: Matrix, head: int, batch: int, panel: int, see: Rows, rule: Rule, k: Keys, squared: bool, slots: Slots
+) -> None:
+    """The panel's rows times the factor, and their squares if wanted, transposed, and the keys that they see."""
+    queries, squares, dim = slots.queries, slots.squares, max(q.wide.shape[1], q.bits.shape[1])
+    width = queries.size // PANEL
     for i in range(PANEL):  # far apart in memory: all are asked for before the first is needed
         row = head * see.queries + see.rows[min(panel * PANEL + i, len(see.rows) - 1)]
-        simd.prefetch(
-            q.wide[row:].ctypes.data if q.kind == 0 else q.bits[row:].ctypes.data, queries.size // PANEL // 16
-        )
+        simd.prefetch(q.wide[row:].ctypes.data if q.kind == 0 else q.bits[row:].ctypes.data, (dim - 1) // 16 + 1)
     for i in range(PANEL):
         row = see.rows[min(panel * PANEL + i, len(see.rows) - 1)]
-        values = load(q, head * see.queries + row, 1, slots.scratch)
-        for d in range(values.shape[1]):
-            queries[d * PANEL + i] = values[0, d]
+        place = slots.scratch[i * width : (i + 1) * width]
+        values = load(q, head * see.queries + row, 1, place)
+        for d in range(dim if q.kind == 0 else 0):  # others are converted in place
+            place[d] = values[0, d]
+        place[dim:] = 0
         slots.first[i] = see.first[min(batch, see.first.shape[0] - 1), row]
         slots.last[i] = see.last[min(batch, see.last.shape[0] - 1), row]
-    for i in range(queries.size):
+    slots.share[:] = 1
+    for i in range(0, PANEL, LANES):
+        for d in range(0, width, LANES):
+            at = slots.scratch[i * width + d :].ctypes.data
+            transpose(at, width, slots.share.ctypes.data, queries[d * PANEL + i :].ctypes.data, PANEL)
+    for i in range(queries.size if squared else 0):
         squares[i] = (queries[i] * rule.scale) ** 2
     for i in range(queries.size):
         queries[i] *= rule.factor
-    if small:
-        round_panel(queries, slots.small_queries)
-        round_panel(squares, slots.small_squares)
+    if k.small.scale.size:
+        fill_panel(queries, slots.small_queries)
+        if squared:
+            fill_panel(squares, slots.small_squares)
 
 
-@jit
+@inlined
 def _band(summary: Summary, see: Rows, batch: int, panel: int) -> tuple[int, int]:
     """First and one past the last tile that is exact for the panel's rows."""
     near = summary.near[min(batch, summary.near.shape[0] - 1)]
@@ -85,11 +81,13 @@ def measure(
     panels, groups = (count - 1) // PANEL + 1, max(1, summary.groups)
     share = max(1, see.together // PANEL)  # panels of a row of the result
     shares = (panels - 1) // share + 1
+    width = ((dim - 1) // LANES + 1) * LANES
     memory = Slots(
-        aligned(dim * PANEL), aligned(dim * PANEL), _bytes(dim), _bytes(dim), aligned(tiles * groups * PANEL),
-        aligned(tiles * PANEL), np.empty(tiles, np.uint8), aligned(KEYS * PANEL), aligned(KEYS * PANEL),
-        aligned(KEYS * dim), aligned(4 * PANEL).reshape(4, PANEL), aligned(PANEL * PANEL),
-        np.empty(KEYS * PANEL, np.uint8), np.empty(PANEL, np.int64), np.empty(PANEL, np.int64),
+        aligned(width * PANEL), aligned(width * PANEL), empty_panel(width), empty_panel(width),
+        aligned((tiles + LANES) * groups * PANEL), aligned(tiles * PANEL), np.empty(tiles, np.uint8),
+        aligned(KEYS * PANEL), aligned(KEYS * PANEL), aligned(KEYS * width), aligned(4 * PANEL).reshape(4, PANEL),
+        aligned(PANEL), aligned(LANES * LANES), np.empty(KEYS * PANEL, np.uint8), np.empty(PANEL, np.int64),
+        np.empty(PANEL, np.int64),
     )  # fmt: skip
     slots = borrowed(memory)
     while True:
@@ -101,23 +99,12 @@ def measure(
         head = taken // shares
         for panel in range(part * share, min(part * share + share, panels)):
             _measure_panel(q, k, see, summary, rule, head, panel, slots, probability, lse)
-        first, last = part * share * PANEL, min((part + 1) * share * PANEL, count)
-        for row in range(first // see.together, (last - 1) // see.together + 1):
-            alive = 0
-            for i in range(row * see.together, (row + 1) * see.together):
-                alive += lse[head * count + i] > -np.inf
-            if alive > 1:
-                probability[head * (count // see.together) + row] /= np.float32(alive)
+        if share > 1:
+            row = (head * count + part * share * PANEL) // see.together
+            probability[row] /= np.float32(max(1, (lse[row * see.together : (row + 1) * see.together] > -np.inf).sum()))
 
 
-@jit
-def _bytes(dim: int) -> BytePanel:
-    """Room for a rounded panel."""
-    words = np.empty(((dim - 1) // 4 + 1) * PANEL, np.int32)
-    return BytePanel(words, aligned(PANEL), aligned(PANEL), np.empty(PANEL, np.int32))
-
-
-@jit
+@inlined
 def _measure_panel(
     q: Matrix, k: Keys, see: Rows, summary: Summary, rule: Rule, head: int, panel: int, slots: Slots,
     probability: NDArray[np.float32], lse: NDArray[np.float32],
@@ -126,7 +113,7 @@ def _measure_panel(
     tiles, groups = probability.shape[1], max(1, summary.groups)
     batch = head // see.heads
     kv_head = batch * see.kv_heads + head % see.heads // (see.heads // see.kv_heads)
-    _pack_rows(q, head, batch, panel, see, rule, k.small.scale.size > 0, slots)
+    _pack_rows(q, head, batch, panel, see, rule, k, summary.groups > 0, slots)
     low, high = slots.first.min() // see.key_tile, (slots.last.max() - 1) // see.key_tile + 1
     inside = whole_tiles(see, slots)
     near, far, sink = low, high, high
@@ -154,26 +141,45 @@ def _measure_panel(
     _normalise(slots, low, high, groups, logit, head * len(see.rows), panel * PANEL, see, probability, lse)
 
 
-@jit
+@inlined
 def _normalise(
     slots: Slots, low: int, high: int, groups: int, sink: np.float32, base: int, start: int, see: Rows,
     probability: NDArray[np.float32], lse: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Softmax over the tiles low .. high of one panel, the rows base + start of all; `sink` is one more logit."""
     state, share = slots.state, slots.share
-    totals(slots, low, high, groups)
+    totals(slots, low, high, groups, see.rough)
     count, width = min(PANEL, len(see.rows) - start), min(see.together, PANEL)
-    share[:] = 0
-    for i in range(count):
+    for i in range(PANEL):
         total = state[TOTAL, i] + np.float32(2) ** (sink - state[LARGEST, i])
-        lse[base + start + i] = (state[LARGEST, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
-        share[i // width * PANEL + i] = np.float32(1) / total if total > 0 else np.float32(0)
-    means = slots.scores
-    for tile in range(low, high, KEYS):
-        tiles = min(KEYS, high - tile)
-        masses = address(slots.mass, tile * groups)
-        for lane in range(0, count, width):  # mean over the lanes that share a row of the result
-            row, own = (base + start + lane) // see.together, address(share, lane // width)
-            dots(masses, groups * PANEL, tiles, own, VECTORS, means.ctypes.data)
-            for t in range(tiles):
-                probability[row, tile + t] += means[t]
+        share[i] = np.float32(1) / total if total > 0 and i < count else np.float32(0)
+        if i < count:
+            lse[base + start + i] = (state[LARGEST, i] + math.log2(total)) * math.log(2) if total > 0 else -np.inf
+    if see.together <= PANEL:  # else the mean is taken once the other panels are there
+        for lane in range(0, count, width):
+            share[lane : lane + width] /= np.float32(max(1, (share[lane : lane + width] > 0).sum()))
+    for tile in range(low, high, LANES):
+        _add_lanes(
+            slots, tile, min(LANES, high - tile), groups, width, count, (base + start) // see.together, probability
+        )
+
+
+@inlined
+def _add_lanes(
+    slots: Slots, tile: int, tiles: int, groups: int, width: int, count: int, row: int,
+    probability: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Add `tiles` masses, LANES at most, of `count` lanes to the result: `width` lanes to a row, from `row` on."""
+    block, share = slots.block, slots.share
+    for first in range(0, count, LANES):
+        masses = slots.mass[tile * groups * PANEL + first :]
+        transpose(masses.ctypes.data, groups * PANEL, share[first:].ctypes.data, block.ctypes.data, LANES)
+        together = min(width, LANES)
+        for lane in range(first, min(first + LANES, count), together):
+            out, lanes = probability[row + lane // width, tile:], block[(lane - first) * LANES :]
+            if tiles == LANES:
+                add_rows(lanes.ctypes.data, together, out.ctypes.data)
+            else:
+                for i in range(together):
+                    for t in range(tiles):
+                        out[t] += lanes[i * LANES + t]

@@ -8,122 +8,20 @@ its total as a weight.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_bytes import BytePanel, ByteRows
-from aat_hf.kernels.cpu_matrices import Floats, Matrix, Rule, jit, load
+from aat_hf.kernels.cpu_matrices import Floats, Rule, inlined, jit, load
+from aat_hf.kernels.cpu_row_data import BLOCK, KEYS, LARGEST, TOTAL, UNREAD, Keys, Rows, Slots, Summary, address
 from aat_hf.kernels.simd_bytes import scores_bytes
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
-from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside, tile_totals, weigh_tiles
-
-KEYS = 128  # keys, or groups of keys, whose scores are held at once
-TOTAL, LARGEST, BLOCK, UNREAD = range(4)  # rows of `Slots.state`
+from aat_hf.kernels.simd_rough import relative, relative_rough, tile_totals, tile_totals_rough
+from aat_hf.kernels.simd_rows import cumulants, cumulants_capped, hide_outside, weigh_tiles
 
 
-class Rows(NamedTuple):
-    """Which rows see which keys.
-
-    Attributes:
-        rows: (R,) int64, query rows, ascending.
-        together: so many of them share a row of the result, their mean; divides `PANEL` or is a multiple of it.
-        sinks: (heads,) float32, base-2 logit of one more key of each row that no tile holds; (0,) for none.
-        first, last: (batch or 1, queries) int64, row i sees first[i] <= j < last[i].
-        valid: (batch or 1, keys + 1) int64, number of valid keys before each; (0, 0) when all are.
-        heads, kv_heads: of q and k.
-        queries, keys, key_tile: lengths.
-    """
-
-    rows: NDArray[np.int64]
-    together: int
-    sinks: NDArray[np.float32]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-    valid: NDArray[np.int64]
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    key_tile: int
-
-
-class Keys(NamedTuple):
-    """The rows of all keys: `wide` as they are, or in their place `small`, rounded."""
-
-    wide: Matrix
-    small: ByteRows
-
-
-class Summary(NamedTuple):
-    """Moments of groups of keys, for prediction.
-
-    Attributes:
-        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32; or in their place the same, rounded:
-        small_mean, small_variance.
-        critical, log_size: (key_tiles * groups,) float32: sqrt(2 ln n) and log2 n of each group.
-        groups: of a tile; 0: nothing is predicted, every tile is exact.
-        near: (batch or 1, queries) int64, first tile of each row's local band; `width` tiles are exact from there.
-        sink: so many first tiles are exact.
-        natural: factor of the squared scale * q, so that variances give natural scores.
-    """
-
-    mean: Floats
-    variance: Floats
-    small_mean: ByteRows
-    small_variance: ByteRows
-    critical: NDArray[np.float32]
-    log_size: NDArray[np.float32]
-    groups: int
-    near: NDArray[np.int64]
-    width: int
-    sink: int
-    softcap: np.float32
-
-
-class Slots(NamedTuple):
-    """What one thread knows of its panel's tiles.
-
-    Attributes:
-        queries, squares: (dim * PANEL,) the rows times the factor and their squares, transposed.
-        small_queries, small_squares: the same, rounded, where they are in use.
-        mass: (tiles * groups * PANEL,) base-2 log masses, later masses relative to the row's largest.
-        weight: (tiles * PANEL,) factor of a tile's mass, where `weighted`.
-        weighted: (tiles,) uint8.
-        scores, spreads, scratch: of `KEYS` keys or groups.
-        state: (4, PANEL), a number for each row: `TOTAL` of its masses, its `LARGEST` log mass, its largest score in
-            the `BLOCK` of keys at hand; `UNREAD` takes what micro-kernels write and nobody reads.
-        share: (PANEL * PANEL,) how much of each lane goes to each row of the result.
-        allowed: (KEYS * PANEL,) uint8, the mask of a block of keys.
-        first, last: (PANEL,) int64, each row sees the keys first <= j < last.
-    """
-
-    queries: Floats
-    squares: Floats
-    small_queries: BytePanel
-    small_squares: BytePanel
-    mass: NDArray[np.float32]
-    weight: NDArray[np.float32]
-    weighted: NDArray[np.uint8]
-    scores: NDArray[np.float32]
-    spreads: NDArray[np.float32]
-    scratch: NDArray[np.float32]
-    state: NDArray[np.float32]
-    share: NDArray[np.float32]
-    allowed: NDArray[np.uint8]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-
-
-@jit
-def address(x: NDArray[np.float32], row: int) -> int:
-    """Address of panel number `row`."""
-    return x.ctypes.data + row * PANEL * 4
-
-
-@jit
+@inlined
 def exact_tiles(
     k: Keys, k_first: int, see: Rows, batch: int, tile: int, count: int, groups: int, whole: bool, rule: Rule,
     slots: Slots,
@@ -140,10 +38,10 @@ def exact_tiles(
         _score(k, k_first, see, batch, first, end - first, whole, rule, slots)
         full = (end - first) // see.key_tile
         if full:
-            tile_totals(slots.scores.ctypes.data, see.key_tile, full, here, mass, groups * PANEL, total)
+            _totals(slots.scores.ctypes.data, see.key_tile, full, here, mass, groups * PANEL, total, see.rough)
         if first + full * see.key_tile < end:  # a shorter last tile
             rest, at = end - first - full * see.key_tile, address(slots.scores, full * see.key_tile)
-            tile_totals(at, rest, 1, here, mass + full * groups * PANEL * 4, 0, total + full * PANEL * 4)
+            _totals(at, rest, 1, here, mass + full * groups * PANEL * 4, 0, total + full * PANEL * 4, see.rough)
     else:
         slots.weight[tile * PANEL : (tile + 1) * PANEL] = 0
         for key in range(first, end, KEYS):
@@ -155,6 +53,15 @@ def exact_tiles(
 
 
 @jit
+def _totals(scores: int, rows: int, tiles: int, top: int, mass: int, step: int, total: int, rough: bool) -> None:
+    """Maxima and totals of the scores of tiles of one size."""
+    if rough:
+        tile_totals_rough(scores, rows, tiles, top, mass, step, total)
+    else:
+        tile_totals(scores, rows, tiles, top, mass, step, total)
+
+
+@inlined
 def _score(
     k: Keys, k_first: int, see: Rows, batch: int, key: int, keys: int, whole: bool, rule: Rule, slots: Slots
 ) -> None:
@@ -164,18 +71,23 @@ def _score(
     if k.small.scale.size:
         _small_products(k.small, k_first + key, keys, slots.small_queries, scores, here if final else unused)
     else:
-        rows, dim = load(k.wide, k_first + key, keys, slots.scratch), slots.queries.size // PANEL
-        k_at, q_at = rows.ctypes.data, slots.queries.ctypes.data
-        simd.scores_top(k_at, dim, keys, q_at, PANEL, scores, PANEL, dim, here if final else unused)
+        rows = load(k.wide, k_first + key, keys, slots.scratch)
+        _products(rows.ctypes.data, rows.shape[1], keys, slots.queries, scores, here if final else unused)
     if rule.capped:
         simd.cap_scores(scores, keys, here if whole else unused, rule.inner, rule.outer)
     if not whole:
         _hide(see, batch, key, keys, slots, scores, here)
 
 
+@jit  # one copy of the micro-kernel serves keys, means and variances
+def _products(rows: int, dim: int, count: int, panel: Floats, out: int, top: int) -> None:
+    """Products of `count` rows of `dim` floats, an address, with a panel; raises the maximum at `top`."""
+    simd.scores_top(rows, dim, count, panel.ctypes.data, PANEL, out, PANEL, dim, top)
+
+
 @jit
 def _small_products(rows: ByteRows, first: int, count: int, panel: BytePanel, out: int, top: int) -> None:
-    """Products of `count` rounded rows with a rounded panel; raises the maximum at `top`."""
+    """`_products` of rounded rows with a rounded panel."""
     width = rows.bytes.shape[1]
     at, scale = rows.bytes.ctypes.data + first * width, rows.scale.ctypes.data + first * 4
     q_at, q_scale, shift = panel.words.ctypes.data, panel.scale.ctypes.data, panel.shift.ctypes.data
@@ -196,7 +108,7 @@ def _hide(see: Rows, batch: int, key: int, keys: int, slots: Slots, scores: int,
     simd.mask_panel(scores, PANEL, keys, slots.allowed.ctypes.data, PANEL, top, MASKED)
 
 
-@jit
+@inlined
 def predict_tiles(
     summary: Summary, see: Rows, batch: int, base: int, tile: int, count: int, whole: bool, rule: Rule, slots: Slots
 ) -> None:
@@ -219,18 +131,18 @@ def predict_tiles(
             _weigh(see, batch, cut, summary.groups, slots)
 
 
-@jit
+@inlined
 def _moment_products(summary: Summary, first: int, count: int, slots: Slots, means: int, spreads: int) -> None:
     """Products of the means and of the variances of `count` groups from `first` on."""
+    unread = address(slots.state, UNREAD)
     if summary.small_mean.scale.size:
-        unread = address(slots.state, UNREAD)
         _small_products(summary.small_mean, first, count, slots.small_queries, means, unread)
         _small_products(summary.small_variance, first, count, slots.small_squares, spreads, unread)
         return
     dim = summary.mean.shape[1]
     mean, variance = summary.mean.ctypes.data + first * dim * 4, summary.variance.ctypes.data + first * dim * 4
-    simd.scores(mean, dim, count, slots.queries.ctypes.data, PANEL, means, PANEL, dim, 0)
-    simd.scores(variance, dim, count, slots.squares.ctypes.data, PANEL, spreads, PANEL, dim, 0)
+    _products(mean, dim, count, slots.queries, means, unread)
+    _products(variance, dim, count, slots.squares, spreads, unread)
 
 
 @jit
@@ -250,43 +162,40 @@ def _weigh(see: Rows, batch: int, tile: int, groups: int, slots: Slots) -> None:
             slots.state[LARGEST, i] = max(slots.state[LARGEST, i], slots.mass[place])
 
 
-@jit
-def totals(slots: Slots, low: int, high: int, groups: int) -> None:
+@inlined
+def totals(slots: Slots, low: int, high: int, groups: int, rough: bool) -> None:
     """From log masses to masses relative to the row's largest, a tile's in its first slot, and their totals."""
     mass, state = slots.mass, slots.state
-    top, total, unread, factor = (
-        address(state, LARGEST),
-        address(state, TOTAL),
-        address(state, UNREAD),
-        address(state, BLOCK),
-    )
+    top, total, unread = address(state, LARGEST), address(state, TOTAL), address(state, UNREAD)
     state[TOTAL] = 0
     tile = low
     while tile < high:
         after, weighted = tile + 1, slots.weighted[tile]
         while after < high and slots.weighted[after] == weighted:
             after += 1
-        simd.soften(
-            address(mass, tile * groups), (after - tile) * groups, top, top, unread if weighted else total, factor
-        )
-        for t in range(tile, after):
-            at = t * groups * PANEL
-            for slot in range(1, groups):
-                for i in range(PANEL):
-                    mass[at + i] += mass[at + slot * PANEL + i]
+        at, rows, sums = address(mass, tile * groups), (after - tile) * groups, unread if weighted else total
+        if rough:
+            relative_rough(at, rows, top, sums)
+        else:
+            relative(at, rows, top, sums)
+        if groups > 1:
+            for t in range(tile * groups, after * groups, groups):
+                for slot in range(t + 1, t + groups):
+                    for i in range(PANEL):
+                        mass[t * PANEL + i] += mass[slot * PANEL + i]
         if weighted:
             weigh_tiles(address(mass, tile * groups), groups * PANEL, after - tile, address(slots.weight, tile), total)
         tile = after
 
 
-@jit
+@inlined
 def whole_tiles(see: Rows, slots: Slots) -> tuple[int, int]:
     """First and one past the last tile that every row of the panel sees whole, if all its keys are valid."""
     first, last = slots.first.max(), slots.last.min()
     return (first - 1) // see.key_tile + 1, (last - 1) // see.key_tile + 1 if last >= see.keys else last // see.key_tile
 
 
-@jit
+@inlined
 def is_whole(see: Rows, batch: int, tile: int, inside: tuple[int, int]) -> bool:
     """Whether every row of the panel sees every key of the tile; `inside` is of `whole_tiles`."""
     if not inside[0] <= tile < inside[1]:

@@ -12,11 +12,12 @@ from aat_hf.kernels import cpu_row_loops as loops
 from aat_hf.kernels.cpu import as_matrix, as_rule
 from aat_hf.kernels.cpu_bytes import NO_BYTES, byte_rows
 from aat_hf.kernels.cpu_matrices import Matrix
-from aat_hf.kernels.cpu_row_tiles import Keys, Rows, Summary
+from aat_hf.kernels.cpu_row_data import Keys, Rows, Summary
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.simd_bytes import BYTES
 from aat_hf.kernels.simd_emit import PANEL
 from aat_hf.tiling.masks import IntervalMask
+from aat_hf.tiling.measure import RoughKeys
 from aat_hf.tiling.moments import Moments
 
 _NO_BITS = np.empty((0, 0), np.uint16)
@@ -40,7 +41,7 @@ def measure_rows(
     sink_tiles: int = 0,
     sinks: Tensor | None = None,
     together: int = 1,
-    rough: bool = False,
+    rough: RoughKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Probability of every key tile for the query `rows`, and their log-sum-exp.
 
@@ -53,7 +54,8 @@ def measure_rows(
             of a whole group of neighbouring rows, so that some more tiles may be exact.
         sinks: (heads,) logits of one more key, which belongs to no tile.
         together: so many consecutive rows share a row of the first result: the mean of those that see a key.
-        rough: scores may come from rows rounded to 8 bits, where the processor is faster with them.
+        rough: of k; with it exponentials may be 4 % off, and scores come from rows rounded to 8 bits where the
+            processor is faster with them.
 
     Returns:
         (batch, heads, R / together, key_tiles) and (batch, heads, R), both float32.
@@ -70,19 +72,17 @@ def measure_rows(
         valid = torch.nn.functional.pad(mask.key_valid.long().cumsum(-1), (1, 0)).numpy()
     logits = np.empty(0, np.float32) if sinks is None else (sinks.float() / math.log(2)).numpy()
     edges = _whole(mask.first), _whole(mask.last), valid
-    see = Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile)
-    rough = rough and BYTES
+    see = Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile, rough is not None)
     summary = _NO_SUMMARY
     if moments is not None:
         assert near is not None
-        summary = _summary(moments, near, near_tiles, sink_tiles, softcap, rough)
+        summary = _summary(moments, near, near_tiles, sink_tiles, softcap, see.rough and BYTES)
     probability = torch.zeros(batch, heads, len(rows) // together, -(-keys // key_tile))
     lse = torch.empty(batch, heads, len(rows))
     flat = probability.view(-1, probability.shape[3]).numpy(), lse.view(-1).numpy()
     work = together * probability.numel() * q.shape[3] * (key_tile if moments is None else 2 * moments.count.shape[1])
-    wide, rule = as_matrix(k), as_rule(scale, softcap, -float("inf"))
-    all_keys = Keys(wide, byte_rows(wide) if rough else NO_BYTES)
-    run(loops.measure, work, as_matrix(q), all_keys, see, summary, rule, *flat)
+    all_keys = Keys(as_matrix(k), rough.rounded if rough is not None and BYTES else NO_BYTES)
+    run(loops.measure, work, as_matrix(q), all_keys, see, summary, as_rule(scale, softcap, -float("inf")), *flat)
     return probability, lse
 
 

@@ -16,7 +16,7 @@ import torch
 
 from aat_hf.kernels.cpu_team import team
 
-_INLINE_WORK = 1 << 22  # multiply-adds below which waking a thread costs more than it brings
+_INLINE_WORK = 1 << 19  # multiply-adds below which a second thread brings nothing
 _log = logging.getLogger("aat_hf")
 
 
@@ -26,12 +26,10 @@ def run(loop: Any, work: int, *arguments: Any) -> None:
         _compile(loop, arguments)
     counter = np.zeros(1, np.int64)
     count = torch.get_num_threads() if work >= _INLINE_WORK else 1
-    if count == 1:
-        loop(counter, *arguments)
-    elif team.available:
-        team.run(count, partial(loop, counter, *arguments))
+    if count == 1 or team.enter:
+        loop(team.enter, count, counter, *arguments)
     else:
-        _run_in_pool(count, partial(loop, counter, *arguments))
+        _run_in_pool(count, partial(loop, 0, 1, counter, *arguments))
 
 
 def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
@@ -47,7 +45,7 @@ def _compile(loop: Any, arguments: tuple[Any, ...]) -> None:
 
     threading.Thread(target=tell, daemon=True).start()
     try:
-        loop(np.full(1, 1 << 62), *arguments)
+        loop(0, 1, np.full(1, 1 << 62), *arguments)
     finally:
         done.set()
 

@@ -44,7 +44,7 @@ MASKED = np.float32(-3e38)  # score of a forbidden key: 2^(MASKED - LOWEST) is 0
 
 VF, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 VB = ir.VectorType(ir.IntType(8), LANES)
-_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer that sits in the low bits
+MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer that sits in the low bits
 # Minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9.
 _EXP2 = (1.534581197e-4, 1.339993138e-3, 9.618488959e-3, 5.550328777e-2, 2.402264689e-1, 6.931472057e-1, 1.0)
 # Rational minimax x p(x^2) / q(x^2) of tanh on [-7.9, 7.9], from Eigen.
@@ -115,13 +115,13 @@ class Emit:
 
     def exp2(self, x: Any) -> Any:
         """2^x for x <= 127, 0 below 2^-120: a denormal here would make every later product slow."""
-        b, magic = self.b, self.constant(_MAGIC)
+        b, magic = self.b, self.constant(MAGIC)
         x = self.maximum(x, self.constant(-126.0))
         rounded = b.fadd(x, magic)
         power = self.polynomial(_EXP2, b.fsub(x, b.fsub(rounded, magic)))
         exponent = b.shl(b.bitcast(rounded, VI), ir.Constant(VI, [23] * LANES))
         value = b.bitcast(b.add(b.bitcast(power, VI), exponent), VF)
-        return b.select(b.fcmp_ordered(">", rounded, self.constant(_MAGIC - 120)), value, self.constant(0.0))
+        return b.select(b.fcmp_ordered(">", rounded, self.constant(MAGIC - 120)), value, self.constant(0.0))
 
     def tanh(self, x: Any) -> Any:
         """tanh to float32's precision, without a branch."""

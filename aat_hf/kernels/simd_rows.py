@@ -38,29 +38,6 @@ def _emit_outside(e: Emit, scores: Any, rows: Any, key: Any, first: Any, last: A
 hide_outside = kernel("iiiiiif", _emit_outside)
 
 
-def _emit_totals(e: Emit, scores: Any, rows: Any, tiles: Any, top: Any, mass: Any, step: Any, total: Any) -> None:
-    highest = e.panel(top)
-
-    def tile(t: Any, _: list[Any]) -> list[Any]:
-        first = e.address(scores, e.b.mul(e.b.mul(t, rows), I64(PANEL)))
-
-        def one(j: Any, sums: list[Any]) -> list[Any]:
-            row = e.panel(e.address(first, e.b.mul(j, I64(PANEL))))
-            return [e.b.fadd(s, e.exp2(e.b.fsub(x, m))) for s, x, m in zip(sums, row, highest, strict=True)]
-
-        sums = e.loop(rows, [e.constant(0.0)] * VECTORS, one)
-        e.store_panel(sums, e.address(total, e.b.mul(t, I64(PANEL))))
-        e.store_panel(highest, e.address(mass, e.b.mul(t, step)))
-        return []
-
-    e.loop(tiles, [], tile)
-
-
-# (scores, rows, tiles, top, mass, its row stride, total): of each tile of so many rows, total = sum of 2^(score - top)
-# and mass = top.
-tile_totals = kernel("iiiiiii", _emit_totals)
-
-
 def _emit_weigh(e: Emit, mass: Any, step: Any, tiles: Any, weight: Any, total: Any) -> None:
     def tile(t: Any, sums: list[Any]) -> list[Any]:
         place = e.address(mass, e.b.mul(t, step))

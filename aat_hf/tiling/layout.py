@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -41,15 +43,25 @@ def random_rows(queries: int, count: int, seed: int, device: torch.device, avoid
 
 def control_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows that check a map before it is used, none of them measured: (control_rows,) at most."""
-    used = sampled_rows(queries, config.query_tile, config.sample_stride, device)
-    return random_rows(queries, config.control_rows, config.seed, device, used)
+    sizes = config.query_tile, config.sample_stride, config.control_rows, config.audit_rows, config.seed
+    return _checked_rows(queries, *sizes, device)[0]
 
 
 def held_out_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows for the audit, none of them used for the map: (audit_rows,) at most."""
-    used = sampled_rows(queries, config.query_tile, config.sample_stride, device).flatten()
-    used = torch.cat([used, control_rows(queries, config, device)])
-    return random_rows(queries, config.audit_rows, config.seed + 1, device, used)
+    sizes = config.query_tile, config.sample_stride, config.control_rows, config.audit_rows, config.seed
+    return _checked_rows(queries, *sizes, device)[1]
+
+
+@lru_cache(maxsize=32)  # the layers of a model ask for the same rows
+def _checked_rows(
+    queries: int, query_tile: int, stride: int, controls: int, audited: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Control rows and rows for the audit."""
+    with torch.inference_mode(False):  # a later backward pass may save them
+        used = sampled_rows(queries, query_tile, stride, device).flatten()
+        control = random_rows(queries, controls, seed, device, used)
+        return control, random_rows(queries, audited, seed + 1, device, torch.cat([used, control]))
 
 
 def group_heads(x: Tensor, kv_heads: int) -> Tensor:

@@ -10,25 +10,35 @@ first[i] <= j < last[i] that are valid. `FunctionMask` evaluates any predicate o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NONE, PARTIAL, FULL = 0, 1, 2
+_T = TypeVar("_T")
 _CHUNK_ELEMENTS = 1 << 24  # elements of a mask evaluated at a time (16 MiB of booleans)
 
 
 class AttentionMask(ABC):
     """What a query may attend to; indices are local to the call: 0 <= q < queries, 0 <= k < keys.
 
-    A mask says the same for as long as it lives: kernels keep what they found out about it.
+    A mask says the same for as long as it lives, so that what was found out about it is kept (`known`).
     """
 
     def __init__(self, batch: int, queries: int, keys: int, device: torch.device, heads: int = 1) -> None:
         self.batch, self.heads, self.queries, self.keys, self.device = batch, heads, queries, keys, device
+        self._known: dict[Hashable, Any] = {}
+
+    def known(self, name: Hashable, find: Callable[[], _T]) -> _T:
+        """What `find` says of this mask, asked once and kept under `name` for the next layer."""
+        if name not in self._known:
+            with torch.inference_mode(False):  # a later backward pass may save it
+                self._known[name] = find()
+        return cast("_T", self._known[name])
 
     @abstractmethod
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -82,11 +92,15 @@ class AttentionMask(ABC):
     def tile_states(self, query_tile: int, key_tile: int) -> Tensor:
         """NONE, PARTIAL or FULL for every tile pair: uint8 (batch or 1, heads or 1, query_tiles, key_tiles).
 
-        The last tiles may be ragged; FULL means every existing pair in the tile is allowed.
+        The last tiles may be ragged; FULL means every existing pair in the tile is allowed. Found once.
         """
+        return self.known(("states", query_tile, key_tile), lambda: self._tile_states(query_tile, key_tile))
+
+    def _tile_states(self, query_tile: int, key_tile: int) -> Tensor:
+        """`tile_states` of any mask, from its rows."""
         step = max(1, _CHUNK_ELEMENTS // max(1, self.batch * self.heads * self.keys * query_tile))
         all_rows = torch.arange(self.queries, device=self.device)
-        sizes = _tile_sizes(self.keys, key_tile, self.device)
+        sizes = (self.keys - torch.arange(0, self.keys, key_tile, device=self.device)).clamp(max=key_tile)
         states = []
         for part in all_rows.split(step * query_tile):
             counts = _sum_tiles(self.rows(part), key_tile)  # [B, H, rows, nk]
@@ -180,7 +194,7 @@ class IntervalMask(AttentionMask):
             return (self.last > self.first)[:, None]
         return (self._valid_between(self.first, self.last) > 0)[:, None]
 
-    def tile_states(self, query_tile: int, key_tile: int) -> Tensor:
+    def _tile_states(self, query_tile: int, key_tile: int) -> Tensor:
         """See `AttentionMask.tile_states`; closed form, O(query_tiles * key_tiles).
 
         A tile between the intervals of two rows (seen by neither) may be called PARTIAL: still correct, never wrong.
@@ -271,11 +285,6 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     bits = table.view(np.dtype((np.void, table.shape[1] * table.itemsize)))[:, 0]
     _, example, kind = np.unique(bits, return_index=True, return_inverse=True)
     return torch.from_numpy(example).to(rows.device), torch.from_numpy(kind).to(rows.device)
-
-
-def _tile_sizes(length: int, tile: int, device: torch.device) -> Tensor:
-    start = torch.arange(0, length, tile, device=device)
-    return (length - start).clamp(max=tile)
 
 
 def _sum_tiles(rows: Tensor, key_tile: int) -> Tensor:

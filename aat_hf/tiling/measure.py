@@ -6,7 +6,7 @@ P(J) = sum_{j in J} p_j. The scores of a row are computed against all its keys a
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,8 +14,33 @@ from torch import Tensor
 from aat_hf.tiling.layout import group_heads, tiles
 from aat_hf.tiling.masks import AttentionMask, IntervalMask
 
+if TYPE_CHECKING:
+    from aat_hf.kernels.cpu_bytes import ByteRows
+
 _CHUNK_ELEMENTS = 1 << 24  # scores held at a time (64 MiB)
 _CHUNK_ROWS = 128  # short chunks let causal rows skip the keys after them
+
+
+class RoughKeys:
+    """Keys for estimates; given to the functions below, it allows scores and exponentials that are not exact.
+
+    Processors that are faster with them take q and k rounded to 8 bits, row by row: those of k are kept here for the
+    next estimate. Exponentials may be 4 % off.
+    """
+
+    def __init__(self, k: Tensor) -> None:
+        self.k = k
+        self._rounded: ByteRows | None = None
+
+    @property
+    def rounded(self) -> ByteRows:
+        """The rows of k (batch * kv_heads * keys, head_dim), rounded."""
+        if self._rounded is None:
+            from aat_hf.kernels.cpu import as_matrix  # numba, loaded when needed
+            from aat_hf.kernels.cpu_bytes import byte_rows
+
+            self._rounded = byte_rows(as_matrix(self.k))
+        return self._rounded
 
 
 class RowMasses(NamedTuple):
@@ -34,15 +59,15 @@ def measure_rows(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    rough: bool = False,
+    rough: RoughKeys | None = None,
 ) -> RowMasses:
     """Born probabilities of the key tiles and log-sum-exp of the query `rows` (R,), exact unless `rough`.
 
     Args:
-        rough: on processors that are faster with them, scores may come from q and k rounded to 8 bits, row by row.
         q: (batch, heads, queries, head_dim).
         k: (batch, kv_heads, keys, head_dim).
         sinks: (heads,) logits of one more key, which belongs to no tile.
+        rough: of k, where an estimate will do.
 
     Returns:
         float32 or wider; a row without keys has probabilities 0 and log-sum-exp -inf.
@@ -64,7 +89,7 @@ def measure_query_tiles(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    rough: bool = False,
+    rough: RoughKeys | None = None,
 ) -> Tensor:
     """Mean probabilities of the `rows` (query_tiles, rows of each) that see a key; else as `measure_rows`.
 

@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from aat_hf.geometry.fisher import diagonal_tile_metric
 from aat_hf.tiling.layout import tile_keys, tiles
 
+_COMPILED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the CPU kernels
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -73,6 +75,12 @@ def merge(moments: Moments) -> Moments:
 def _summarise(k: Tensor, key_tile: int, groups: int, skipped: int) -> Moments:
     """Moments of keys that begin after the first `skipped` places of a tile."""
     size = key_tile // groups
+    if not skipped and k.device.type == "cpu" and k.dtype in _COMPILED and not _differentiated(k):
+        from aat_hf.kernels.cpu_moments import moments_of_groups  # numba, loaded when needed
+
+        count = _sizes(k.shape[2], key_tile, groups)
+        grid = len(count), groups
+        return Moments(count, *(x.unflatten(2, grid) for x in moments_of_groups(k, count.numel(), size)))
     x = tile_keys(pad(k, (0, 0, skipped, 0)) if skipped else k, key_tile)
     x = x.to(torch.promote_types(k.dtype, torch.float32)).unflatten(3, (groups, size))
     position = torch.arange(x.shape[2] * key_tile, device=k.device).view(x.shape[2], groups, size)
@@ -81,6 +89,16 @@ def _summarise(k: Tensor, key_tile: int, groups: int, skipped: int) -> Moments:
         exists = exists & (position >= skipped)
     padded = skipped or k.shape[2] % key_tile  # with zeros
     return Moments(exists.sum(-1), *diagonal_tile_metric(x, exists if padded else None))
+
+
+def _differentiated(k: Tensor) -> bool:
+    return k.requires_grad and torch.is_grad_enabled()
+
+
+def _sizes(keys: int, key_tile: int, groups: int) -> Tensor:
+    """Keys of each group: (key_tiles, groups) int64."""
+    size, count = key_tile // groups, tiles(keys, key_tile)
+    return (keys - size * torch.arange(count * groups)).clamp(0, size).view(count, groups)
 
 
 def _tiles(moments: Moments, part: slice) -> Moments:

@@ -8,7 +8,7 @@ from torch import Tensor
 from aat_hf.config import AATConfig
 from aat_hf.tiling.layout import diagonal_tiles, group_heads, sampled_rows, tile_keys, tiles
 from aat_hf.tiling.masks import AttentionMask, IntervalMask
-from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, normalised, on_cpu_kernels
+from aat_hf.tiling.measure import RoughKeys, RowMasses, mean_over_query_tiles, normalised, on_cpu_kernels
 from aat_hf.tiling.moments import Moments, log_mass
 
 
@@ -41,14 +41,16 @@ def predict_query_tiles(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    rough: RoughKeys | None = None,
 ) -> Tensor:
     """Mean of `predict_rows` over the rows of each query tile: (batch, heads, query_tiles, key_tiles).
 
-    On processors that are faster with them, from queries, keys and moments rounded to 8 bits, row by row.
+    Args:
+        rough: of k, where an estimate will do; the moments are then rounded like the keys.
     """
     if on_cpu_kernels(mask, q):
         together = -(-config.query_tile // min(config.predict_stride, config.query_tile))
-        return _on_cpu(q, k, mask, moments, config, scale, softcap, sinks, together, rough=True)[0]
+        return _on_cpu(q, k, mask, moments, config, scale, softcap, sinks, together, rough)[0]
     found = predict_rows(q, k, mask, moments, config, scale, softcap, sinks)
     return mean_over_query_tiles(found, tiles(q.shape[2], config.query_tile))
 
@@ -63,17 +65,22 @@ def _on_cpu(
     softcap: float | None,
     sinks: Tensor | None,
     together: int = 1,
-    rough: bool = False,
+    rough: RoughKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
     from aat_hf.kernels import cpu_rows  # numba, loaded when needed
 
     rows = sampled_rows(q.shape[2], config.query_tile, config.predict_stride, q.device).flatten()
-    low, _ = diagonal_tiles(mask, config.query_tile, config.key_tile)
-    reach = config.local_tiles
-    first = (low - reach).repeat_interleave(config.query_tile, 1)[:, : q.shape[2]]
-    width = tiles(config.query_tile, config.key_tile) + 2 * reach
+    band = config.query_tile, config.key_tile, config.local_tiles
+    first = mask.known(("band", *band), lambda: _first_near(mask, *band))
+    width = tiles(config.query_tile, config.key_tile) + 2 * config.local_tiles
     near = (moments, first, width, config.sink_tiles)
     return cpu_rows.measure_rows(q, k, mask, rows, config.key_tile, scale, softcap, *near, sinks, together, rough)
+
+
+def _first_near(mask: IntervalMask, query_tile: int, key_tile: int, reach: int) -> Tensor:
+    """First tile of each row's local band: int64 (batch or 1, queries)."""
+    low, _ = diagonal_tiles(mask, query_tile, key_tile)
+    return (low - reach).repeat_interleave(query_tile, 1)[:, : mask.queries]
 
 
 def _predicted_log_mass(

@@ -10,7 +10,7 @@ from torch import Tensor
 from aat_hf.tiling.layout import control_rows
 from aat_hf.tiling.masks import NONE
 from aat_hf.tiling.measure import measure_rows
-from aat_hf.tiling.select import Scene, select_tiles
+from aat_hf.tiling.select import Scene, mean_left_out, select_tiles
 from aat_hf.tiling.selectors import oracle
 
 _PASSES = 3  # first selection and at most two repairs
@@ -38,15 +38,15 @@ def select_and_repair(scene: Scene, mass: Tensor, forced: Tensor) -> Tensor:
         return kept
     rows = control_rows(scene.q.shape[2], config, scene.q.device)
     how = (config.key_tile, scene.scale, scene.softcap, scene.sinks)
-    born = measure_rows(scene.q, scene.k, scene.mask, rows, *how, rough=True).probability
+    born = measure_rows(scene.q, scene.k, scene.mask, rows, *how, rough=scene.rough).probability
     for _ in range(_PASSES - 1):
-        lost = _lost(born, kept, rows, config.query_tile)
+        lost = mean_left_out(born, kept, rows // config.query_tile)
         missed = lost > config.tolerance
         if not bool(missed.any()):
             return kept
         tolerance = torch.where(missed, tolerance * config.tolerance / lost, tolerance)
         kept[missed] = _again(mass, forced, scene.states, tolerance, config.max_kept, free, missed)
-    hopeless = _lost(born, kept, rows, config.query_tile) > _GIVE_UP * config.tolerance
+    hopeless = mean_left_out(born, kept, rows // config.query_tile) > _GIVE_UP * config.tolerance
     if not bool(hopeless.any()):
         return kept
     heads = hopeless.any(0).nonzero()[:, 0]
@@ -70,7 +70,7 @@ def _exactly(scene: Scene, heads: Tensor, forced: Tensor) -> Tensor:
         return _of(scene.states, heads) != NONE
     group = scene.q.shape[1] // scene.k.shape[1]
     sinks = None if scene.sinks is None else scene.sinks[heads]
-    part = replace(scene, q=scene.q[:, heads], k=scene.k[:, heads // group], sinks=sinks, _moments=None)
+    part = replace(scene, q=scene.q[:, heads], k=scene.k[:, heads // group], sinks=sinks, _moments=None, _rough=None)
     mass = oracle(part)
     free = None if sinks is None else (1 - mass.sum(-1)).clamp(min=0)
     tolerance = torch.full(mass.shape[:2], scene.config.tolerance, device=mass.device, dtype=mass.dtype)
@@ -80,8 +80,3 @@ def _exactly(scene: Scene, heads: Tensor, forced: Tensor) -> Tensor:
 def _of(x: Tensor, heads: Tensor) -> Tensor:
     """The part of (batch or 1, heads or 1, ...) that belongs to `heads`."""
     return x if x.shape[1] == 1 else x[:, heads]
-
-
-def _lost(born: Tensor, kept: Tensor, rows: Tensor, query_tile: int) -> Tensor:
-    """Mean probability the control `rows` (R,) lose: (batch, heads); `born` (batch, heads, R, key_tiles)."""
-    return born.masked_fill(kept[:, :, rows // query_tile], 0.0).sum(-1).mean(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aat_hf.config import AATConfig
 from aat_hf.tiling.masks import NONE, AttentionMask
+from aat_hf.tiling.measure import RoughKeys
 from aat_hf.tiling.moments import Moments, summarise
 
 
@@ -33,6 +34,7 @@ class Scene:
     softcap: float | None = None
     sinks: Tensor | None = None
     _moments: Moments | None = field(default=None, repr=False)
+    _rough: RoughKeys | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -48,6 +50,13 @@ class Scene:
         if self._moments is None:
             self._moments = summarise(self.k, self.config.key_tile, self.config.summaries)
         return self._moments
+
+    @property
+    def rough(self) -> RoughKeys:
+        """The keys for estimates, prepared once."""
+        if self._rough is None:
+            self._rough = RoughKeys(self.k)
+        return self._rough
 
 
 Selector = Callable[[Scene], Tensor]
@@ -99,3 +108,17 @@ def _select_tiles(
     kept = (spare >= threshold).logical_or_(forced).logical_and_(visible)  # of equal tiles all or none
     crowded = kept.sum(-1, keepdim=True) > max_kept * visible.sum(-1, keepdim=True, dtype=torch.float64)
     return torch.where(crowded, visible, kept)
+
+
+def mean_left_out(mass: Tensor, kept: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Mean over R rows of the mass outside the kept tiles of their query tiles: (batch, heads).
+
+    Args:
+        mass: (batch, heads, R, key_tiles); kept: bool (batch, heads, query_tiles, key_tiles).
+        rows: (R,) int64, the query tile of each; without them there is one row for each query tile.
+    """
+    if mass.device.type == "cpu" and mass.dtype == torch.float32:
+        from aat_hf.kernels import cpu_masses  # numba, loaded when needed
+
+        return cpu_masses.mean_left_out(mass, kept, rows)
+    return mass.masked_fill(kept if rows is None else kept[:, :, rows], 0.0).sum(-1).mean(-1)

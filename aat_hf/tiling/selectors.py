@@ -10,12 +10,13 @@ from torch import Tensor
 
 from aat_hf.tiling.layout import group_heads, sampled_rows, tile_keys
 from aat_hf.tiling.masks import NONE
-from aat_hf.tiling.measure import RowMasses, mean_over_query_tiles, measure_query_tiles
+from aat_hf.tiling.measure import RoughKeys, RowMasses, mean_over_query_tiles, measure_query_tiles
 from aat_hf.tiling.moments import merge, summarise
 from aat_hf.tiling.predict import predict_query_tiles
 from aat_hf.tiling.select import Scene, Selector
 
 SELECTORS: dict[str, Selector] = {}
+_NEIGHBOURS = 0.1  # weight of the query tiles before and after in `mix`
 _CHUNK_ELEMENTS = 1 << 24  # row probabilities held at a time (64 MiB)
 
 
@@ -37,12 +38,12 @@ def get_selector(name: str) -> Selector:
 
 def measured(scene: Scene) -> Tensor:
     """Measured Born probabilities of every `sample_stride`-th row, `rough` ones (`measure_rows`)."""
-    return _measured(scene, scene.config.sample_stride, rough=True)
+    return _measured(scene, scene.config.sample_stride, scene.rough)
 
 
 def moments(scene: Scene) -> Tensor:
     """Second-order prediction from sub-tile moments for every `predict_stride`-th row."""
-    how = (scene.config, scene.scale, scene.softcap, scene.sinks)
+    how = (scene.config, scene.scale, scene.softcap, scene.sinks, scene.rough)
     return predict_query_tiles(scene.q, scene.k, scene.mask, scene.moments, *how)
 
 
@@ -51,7 +52,7 @@ def mix(scene: Scene) -> Tensor:
 
     What rows near by want is likely wanted between the rows looked at, too.
     """
-    return with_neighbours((measured(scene) + moments(scene)) / 2, scene.states)
+    return blend(measured(scene), moments(scene), scene.states)
 
 
 def oracle(scene: Scene) -> Tensor:
@@ -91,11 +92,23 @@ def antidiagonal(scene: Scene, stride: int = 8) -> Tensor:
     return mean_over_query_tiles(RowMasses(per_tile, torch.logsumexp(scores, -1)), scene.states.shape[2])
 
 
-def with_neighbours(mass: Tensor, states: Tensor, weight: float = 0.1) -> Tensor:
-    """`mass` (batch, heads, query_tiles, key_tiles) plus `weight` times the query tiles before and after, same sums.
+def blend(a: Tensor, b: Tensor, states: Tensor, weight: float = _NEIGHBOURS) -> Tensor:
+    """Mean of two estimates, plus `weight` times that of the query tiles before and after, with the mean's sums.
 
-    Tiles that the mask hides, `states` NONE (batch or 1, heads or 1, query_tiles, key_tiles), get nothing.
+    Args:
+        a, b: (batch, heads, query_tiles, key_tiles).
+        states: (batch or 1, heads or 1, query_tiles, key_tiles), NONE for tiles that the mask hides: they get nothing.
     """
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
+        from aat_hf.kernels import cpu_masses  # numba, loaded when needed
+
+        return cpu_masses.blended(a, b, states, weight)
+    return _blend(a, b, states, weight)
+
+
+def _blend(a: Tensor, b: Tensor, states: Tensor, weight: float) -> Tensor:
+    """`blend` in PyTorch, on any device."""
+    mass = (a + b) / 2
     spread = mass.clone()
     spread[:, :, 1:].add_(mass[:, :, :-1], alpha=weight)
     spread[:, :, :-1].add_(mass[:, :, 1:], alpha=weight)
@@ -104,7 +117,7 @@ def with_neighbours(mass: Tensor, states: Tensor, weight: float = 0.1) -> Tensor
     return spread.mul_(before / after.clamp(min=torch.finfo(mass.dtype).tiny))
 
 
-def _measured(scene: Scene, stride: int, rough: bool = False) -> Tensor:
+def _measured(scene: Scene, stride: int, rough: RoughKeys | None = None) -> Tensor:
     rows = sampled_rows(scene.q.shape[2], scene.config.query_tile, stride, scene.q.device)
     how = (scene.config.key_tile, scene.scale, scene.softcap, scene.sinks)
     a_tile = scene.q.shape[0] * scene.q.shape[1] * rows.shape[1] * scene.states.shape[3]

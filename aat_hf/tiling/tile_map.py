@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,23 +42,14 @@ class TileMap:
     @classmethod
     def from_dense(cls, levels: Tensor, states: Tensor, query_tile: int, key_tile: int) -> TileMap:
         """Compress `levels` (batch, heads, query_tiles, key_tiles) uint8; pairs the mask forbids are culled."""
-        stored = (levels != CULLED) & (states != NONE)
         batch, heads, query_tiles, key_tiles = levels.shape
-        place, cells = _places(stored), query_tiles * key_tiles
-        first = torch.arange(batch * heads * query_tiles + 1, device=place.device) * key_tiles
-        head = place // cells
-        of_batch = head // heads * states.shape[1] if states.shape[0] > 1 else 0
-        of_head = head % heads if states.shape[1] > 1 else 0
-        return cls(
-            row_start=torch.searchsorted(place, first),  # a sum of bools would make them int64 first
-            columns=place % key_tiles,
-            levels=levels.flatten()[place],
-            cut=states.flatten()[(of_batch + of_head) * cells + place % cells] == PARTIAL,
-            states=states,
-            shape=(batch, heads, query_tiles, key_tiles),
-            query_tile=query_tile,
-            key_tile=key_tile,
-        )
+        if levels.device.type == "cpu":
+            from aat_hf.kernels.cpu_compress import compressed  # numba, loaded when needed
+
+            parts = compressed(levels, states)
+        else:
+            parts = _compressed(levels, states)
+        return cls(*parts, states, (batch, heads, query_tiles, key_tiles), query_tile, key_tile)
 
     @classmethod
     def dense(cls, mask: AttentionMask, batch: int, heads: int, query_tile: int, key_tile: int) -> TileMap:
@@ -121,11 +111,14 @@ class TileMap:
         )
 
 
-def _places(x: Tensor) -> Tensor:
-    """Where the flattened bool `x` is True: int64, ascending."""
-    if x.device.type == "cpu":  # numpy's search takes a third of the time of torch's
-        return torch.from_numpy(np.flatnonzero(x.numpy()))
-    return x.flatten().nonzero()[:, 0]
+def _compressed(levels: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`row_start`, `columns`, `levels` and `cut` in PyTorch, on any device."""
+    batch, heads, query_tiles, key_tiles = levels.shape
+    place = ((levels != CULLED) & (states != NONE)).flatten().nonzero()[:, 0]
+    first = torch.arange(batch * heads * query_tiles + 1, device=place.device) * key_tiles
+    row_start = torch.searchsorted(place, first)  # a sum of bools would make them int64 first
+    cut = (states == PARTIAL).expand(levels.shape).flatten()[place]
+    return row_start, place % key_tiles, levels.flatten()[place], cut
 
 
 def _ordered(kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,10 @@ from aat_hf.config import AATConfig
 from aat_hf.kernels import cpu, cpu_rows
 from aat_hf.kernels.cpu_bytes import byte_rows
 from aat_hf.kernels.cpu_rows import measure_rows
+from aat_hf.kernels.simd_emit import LANES
 from aat_hf.tiling.layout import sampled_rows
 from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.measure import RoughKeys
 from aat_hf.tiling.moments import Moments, summarise
 from aat_hf.tiling.predict import predict_query_tiles
 
@@ -43,7 +45,7 @@ def test_rows_are_rounded_to_steps_of_their_own_largest_number(dtype, dim):
     x = (torch.randn(600, dim) * torch.logspace(-3, 3, 600)[:, None]).to(dtype)
     x[7] = 0
     found = byte_rows(cpu.as_matrix(x))
-    assert found.bytes.shape == (600, -(-dim // 4) * 4) and (found.bytes[:, dim:] == 128).all()
+    assert found.bytes.shape == (600, -(-dim // LANES) * LANES) and (found.bytes[:, dim:] == 128).all()
     back = torch.from_numpy((found.bytes[:, :dim].astype(np.float64) - 128) * found.scale[:, None])
     step = x.double().abs().amax(-1, keepdim=True) / 127
     assert bool(((back - x.double()).abs() <= 0.5001 * step).all())
@@ -56,9 +58,12 @@ def test_rough_masses_are_those_of_rounded_queries_and_keys(rough, softcap, dim)
     mask = causal_mask(230, 333, DEVICE)
     q, k, _ = peaked(2, 6, 3, 230, 333, dim)
     rows = torch.tensor([0, 1, 3, 17, 50, 51, 100, 160, 200, 229])
-    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=True)
+    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(k))
     wanted = measure_rows(rounded(q).float(), rounded(k).float(), mask, rows, 16, 0.3, softcap)
-    assert torch.allclose(found[0], wanted[0], atol=1e-3) and torch.allclose(found[1], wanted[1], atol=2e-3)
+    assert torch.allclose(
+        found[0], wanted[0], rtol=0.1, atol=1e-3
+    )  # two exponentials, each 4 % off
+    assert torch.allclose(found[1], wanted[1], atol=0.08)
     exact = measure_rows(q, k, mask, rows, 16, 0.3, softcap)
     assert not torch.equal(found[0], exact[0])
     assert float((found[0] - exact[0]).abs().sum(-1).mean()) / 2 < 0.02  # total variation
@@ -71,7 +76,7 @@ def test_rough_predictions_are_those_of_rounded_moments(rough):
     found = predict_query_tiles(q, k, mask, exact, config, 0.2)
     near, far = rounded(k).float(), Moments(exact.count, *(rounded(x).float() for x in (exact.mean, exact.variance)))
     wanted = predict_query_tiles(rounded(q).float(), near, mask, far, config, 0.2)
-    assert torch.allclose(found, wanted, atol=3e-3)
+    assert torch.allclose(found, wanted, rtol=0.1, atol=3e-3)
     assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -90,24 +95,26 @@ SCRIPT = """
 import torch
 from aat_hf.kernels import cpu_rows, simd_bytes
 from aat_hf.tiling.masks import causal_mask
+from aat_hf.tiling.measure import RoughKeys
 torch.manual_seed(0)
 q, k = torch.randn(1, 2, 150, 20), torch.randn(1, 1, 150, 20)
 mask, rows = causal_mask(150, 150, q.device), torch.arange(0, 150, 7)
 print(simd_bytes.BYTES)
 for forced in (simd_bytes.BYTES, True):
     cpu_rows.BYTES = forced
-    print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5, rough=True)[0].double().square().sum().item())
+    print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5, rough=RoughKeys(k))[0].double().square().sum().item())
 print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5)[0].double().square().sum().item())
 """
 
 
 @pytest.mark.skipif(not X86, reason="forces x86 features")
 @pytest.mark.parametrize("features", [SSE, AVX2])
-def test_processors_without_byte_products_measure_exactly(features, tmp_path):
+def test_processors_without_byte_products_round_nothing(features, tmp_path):
     environment = {"PYTHONPATH": str(Path(cpu.__file__).parents[2]), "NUMBA_CACHE_DIR": str(tmp_path), **features}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
     fast, default, forced, exact = done.stdout.split()
-    assert fast == "False" and default == exact != forced
-    assert float(forced) == pytest.approx(float(exact), rel=1e-2)
+    assert fast == "False" and len({default, forced, exact}) == 3  # by default exponentials alone are rough
+    assert float(default) == pytest.approx(float(exact), rel=1e-2)
+    assert float(forced) == pytest.approx(float(exact), rel=2e-2)

@@ -2,100 +2,119 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from aat_hf.kernels import cpu_threads
-from aat_hf.kernels.cpu_team import Team
+from aat_hf.kernels.cpu_matrices import entry
+from aat_hf.kernels.cpu_team import Team, call_by_team
+from aat_hf.kernels.simd import take_number
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="torch may have another OpenMP library")
+if sys.platform == "linux":
+    thread_number = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).omp_get_thread_num
+    thread_number.argtypes, thread_number.restype = [], ctypes.c_int
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@njit(nogil=True)
+def note(seen, failing):
+    seen[thread_number()] += 1
+    if thread_number() == failing:
+        raise ValueError
+
+
+@njit(nogil=True)
+def noted(enter, threads, seen, failing):
+    return call_by_team(enter, threads, note, (seen, failing))
+
+
+@entry
+def count_to(counter, end, number):
+    while take_number(counter.ctypes.data) < end:
+        take_number(number.ctypes.data)
+
+
+@entry
+def fail(counter, number):
+    if take_number(counter.ctypes.data) < 2:
+        raise ValueError
 
 
 @linux
 def test_torch_for_linux_has_a_team():
-    assert Team().available
+    assert Team().enter
 
 
 @linux
-def test_every_thread_of_the_team_calls_once_and_the_caller_is_one():
-    meet, names = threading.Barrier(3, timeout=20), set()
-
-    def body():
-        meet.wait()  # passes only if three threads are here at once
-        names.add(threading.get_ident())
-
-    Team().run(3, body)
-    assert len(names) == 3 and threading.get_ident() in names
+def test_every_thread_of_the_team_calls_once():
+    seen = np.zeros(8, np.int64)
+    assert not noted(Team().enter, 3, seen, -1)
+    assert seen.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 @linux
-def test_they_are_the_threads_that_run_torch():
-    seen, team, before = [], Team(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        team.run(2, lambda: seen.append(threading.get_native_id()))
-        threads = len(os.listdir("/proc/self/task"))
-        for _ in range(3):
-            torch.ones(1 << 20).exp_()
-            team.run(2, lambda: seen.append(threading.get_native_id()))
-        assert len(os.listdir("/proc/self/task")) == threads
-    finally:
-        torch.set_num_threads(before)
-    assert len(set(seen)) == 2
+def test_they_are_the_threads_that_run_torch(two_threads):
+    seen, team = np.zeros(2, np.int64), Team()
+    noted(team.enter, 2, seen, -1)
+    threads = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        torch.ones(1 << 20).exp_()
+        noted(team.enter, 2, seen, -1)
+    assert len(os.listdir("/proc/self/task")) == threads
+    assert seen.tolist() == [4, 4]
 
 
 @linux
-def test_an_error_in_any_thread_is_raised():
-    caller = threading.get_ident()
-
-    def fails(here: bool):
-        if (threading.get_ident() == caller) == here:
-            raise KeyError("of this thread")
-
-    for here in (True, False):
-        with pytest.raises(KeyError, match="of this thread"):
-            Team().run(2, lambda here=here: fails(here))
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_failure_in_any_thread_is_told(failing):
+    seen = np.zeros(4, np.int64)
+    assert noted(Team().enter, 4, seen, failing)
+    assert seen.tolist() == [1] * 4
 
 
 @linux
-def test_calls_at_once_from_several_threads_do_not_mix():
-    team, counts = Team(), [0] * 4
+def test_a_loop_that_fails_raises_an_error(two_threads):
+    with pytest.raises(MemoryError, match="a thread of the CPU kernels"):
+        cpu_threads.run(fail, 1 << 30, np.zeros(1, np.int64))
 
-    def work(i):
-        def body():
-            counts[i] += 1  # by two threads; the GIL is not given up in between
 
+@pytest.mark.parametrize("work", [1, 1 << 30])
+def test_calls_at_once_from_several_threads_do_not_mix(two_threads, work):
+    counts = [np.zeros(1, np.int64) for _ in range(4)]
+
+    def call(i):
         for _ in range(50):
-            team.run(2, body)
+            cpu_threads.run(count_to, work, 1000, counts[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert counts == [100] * 4
+    assert [int(count[0]) for count in counts] == [50_000] * 4
 
 
-def test_without_a_team_the_pool_runs_the_loop(monkeypatch):
-    team = Team()
+def test_without_a_team_the_pool_runs_the_loop(two_threads, monkeypatch):
+    team, count = Team(), np.zeros(1, np.int64)
     team.leave()
     monkeypatch.setattr(cpu_threads, "team", team)
-    done = []
-
-    class Loop:
-        overloads = True
-
-        def __call__(self, counter, value):
-            done.append((threading.current_thread().name, value))
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        cpu_threads.run(Loop(), 1 << 30, 7)
-    finally:
-        torch.set_num_threads(before)
-    assert done and all(value == 7 for _, value in done)
+    pooled = []
+    monkeypatch.setattr(cpu_threads, "_run_in_pool", lambda *a, run=cpu_threads._run_in_pool: pooled.append(run(*a)))
+    cpu_threads.run(count_to, 1 << 30, 1000, count)
+    assert count[0] == 1000 and len(pooled) == 1
