@@ -199,7 +199,7 @@ def why_dense(q: Tensor, k: Tensor, config: AATConfig, extras: Extras, need_weig
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, config: AATConfig, extras: Extras) -> bool:
     """Whether a single query's tiles are selected: `aat_hf.kernels.cpu_decode` does it, without gradients."""
-    shortest = max(router.decode_from(config, _summaries(k, config) is not None), config.dense_prefix + 1)
+    shortest = max(router.decode_from(config), config.dense_prefix + 1)
     if k.shape[2] < shortest or config.mode == "dense" or config.tolerance == 0 or config.coarse:
         return False
     if q.device.type != "cpu" or q.dtype == torch.float64 or config.backend not in ("auto", "cpu"):

@@ -44,8 +44,8 @@ class AATConfig:
         selector: name of a registered tile selector (`aat_hf.tiling.select.SELECTORS`).
         query_tile, key_tile: rows and keys of a tile.
         summary_keys: keys of one summary (count, mean, variance); divides key_tile or is larger.
-        sample_stride: every so many query rows one is scored against every key (in 8-bit integers where the processor
-            is faster with them).
+        sample_stride: every so many query rows one is scored against every key; on a CPU with exponentials to 4 % and,
+            where that is faster, in 8-bit integers.
         predict_stride: every so many query rows one is predicted from the moments.
         sink_keys: the tiles of so many first keys are always exact.
         local_keys: so are the tiles of a query tile's own keys and of so many keys before and after them.
@@ -53,12 +53,12 @@ class AATConfig:
         max_kept: a query tile that would keep more than this fraction of its tiles keeps all of them, in (0, 1].
         dense_prefix: query rows that see at most so many keys are exact.
         min_length: calls with fewer keys than this go to exact attention; None: the break-even length that
-            `aat calibrate` measured on this machine; before that 1024 per thread on a CPU, 3072 at least, and 2048
+            `aat calibrate` measured on this machine; before that 512 per thread on a CPU, 2048 at least, and 2048
             elsewhere.
         decode_from: a single query (a decoding step) that sees at least so many keys reads the values of the heaviest
             tiles only, chosen by their exact probability; with an `aat_hf.AATCache` and mode "tiled" the keys of likely
-            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 65536, or 32768
-            with such a cache. On a CPU; elsewhere single queries are exact.
+            tiles only as well, chosen by summaries, and the loss is measured in one step of 17. None: 8192 per
+            thread, 16384 at least. On a CPU; elsewhere single queries are exact.
         control_rows: random rows per call whose measured masses check the map before it is used; a head that
             misses its tolerance gets a second pass with more tiles. 0 turns the second pass off.
         audit_rows: random rows per call whose exact log-sum-exp measures the realised infidelity; 0 turns it off.

@@ -12,6 +12,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """Products in float32 where the machine's setting is TF32, which has three digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_cuda_equals_the_float64_reference(dtype, coarse, small):

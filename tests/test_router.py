@@ -47,7 +47,7 @@ def test_more_threads_tile_longer_calls_only():
             found.append(router.shortest(AATConfig(), CPU, torch.float32, 64))
     finally:
         torch.set_num_threads(before)
-    assert found == [3072, 3072, 16384]
+    assert found == [2048, 2048, 8192]
 
 
 def test_a_broken_or_foreign_profile_is_not_used(caplog):
@@ -119,8 +119,8 @@ def test_bench_attention_reports_no_time_of_a_wrong_kernel(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "decoding single tokens is exact below 4000 keys, 2000 in an AATCache"),
-        ({"mode": "skip"}, "decoding single tokens is exact below 4000 keys"),
+        ({}, "decoding single tokens is exact below 18000 keys"),
+        ({"mode": "skip"}, "decoding single tokens is exact below 18000 keys"),
         ({"decode_from": 4096}, "decoding single tokens is exact below 4096 keys"),
         ({"coarse": True}, "decoding single tokens is exact"),
         ({"backend": "gather"}, "decoding single tokens is exact"),
@@ -129,8 +129,8 @@ def test_bench_attention_reports_no_time_of_a_wrong_kernel(monkeypatch):
 def test_explain_says_from_where_on_decoding_selects(changes, told, monkeypatch):
     import transformers as tf
 
-    monkeypatch.setattr(router, "DECODE_VALUES_FROM", 4000)
-    monkeypatch.setattr(router, "DECODE_FROM", 2000)
+    monkeypatch.setattr(router, "_DECODE_PER_THREAD", 9000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     config = tf.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, pad_token_id=0)  # fmt: skip
@@ -161,7 +161,7 @@ def test_short_calls_are_exact_and_recorded():
                 recorded = model(ids, attention_mask=attention_mask).logits
         seen = padding.bool() if attention_mask is not None else torch.ones_like(ids).bool()
         assert torch.allclose(found[seen], expected[seen], atol=1e-5) and torch.equal(found[seen], recorded[seen])
-        assert [layer.reason for layer in report.layers] == ["40 keys are fewer than min_length = 3072"] * 2
+        assert [layer.reason for layer in report.layers] == ["40 keys are fewer than min_length = 2048"] * 2
 
 
 def test_a_tiled_model_layer_that_is_too_dense_says_so():

@@ -14,7 +14,6 @@ from aat_hf.kernels import router
 from aat_hf.kernels.dense import Extras, grouped_sdpa
 from aat_hf.report.record import recorders_of
 from aat_hf.tiling.masks import IntervalMask
-from aat_hf.tiling.summaries import summaries_of
 
 
 def exact_at_once(
@@ -33,7 +32,7 @@ def exact_at_once(
     config = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if config.geometry != "euclidean":
         return None
-    if query.shape[2] == 1 and key.shape[2] >= router.decode_from(config, summaries_of(key) is not None):
+    if query.shape[2] == 1 and key.shape[2] >= router.decode_from(config):
         return None
     if why_dense(query, key, config, extras) is None:
         return None

@@ -30,6 +30,7 @@ from aat_hf.kernels.cpu_matrices import (
     place,
     seen_keys,
     store,
+    unpack,
     widen,
 )
 from aat_hf.kernels.simd_borrow import borrowed, hold
@@ -268,9 +269,9 @@ def backward(
                         row, count, kv_head, centroids, grid, rule, work, sum_mean_k[chunk], sum_mean_v[chunk]
                     )
                 for i in range(count):
-                    for d in range(dim):
-                        work.scratch[d] = work.dq[(i // PANEL * dim + d) * PANEL + i % PANEL]
-                    store(d_q, at + i, work.scratch)
+                    if i % PANEL == 0:
+                        unpack(work.dq[i * dim :], dim, work.ones, work.scratch)
+                    store(d_q, at + i, work.scratch[i % PANEL * dim :])
 
 
 @entry

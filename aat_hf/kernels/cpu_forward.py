@@ -29,6 +29,7 @@ from aat_hf.kernels.cpu_matrices import (
     place,
     seen_keys,
     store,
+    unpack,
 )
 from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LOWEST, MASKED, PANEL
@@ -160,15 +161,14 @@ def _finish(
     lse: Floats, lost: Floats, scratch: Floats,
 ) -> None:  # fmt: skip
     """Write the first `count` queries of a panel: output, natural log-sum-exp and the bound of what was skipped."""
-    dim = max(out.wide.shape[1], out.bits.shape[1])
+    dim, inverse = max(out.wide.shape[1], out.bits.shape[1]), state[3]
+    for i in range(PANEL):
+        inverse[i] = np.float32(1) / state[1, i] if state[1, i] > 0 else np.float32(0)
+    unpack(out_panel, dim, inverse, scratch)
     for i in range(count):
-        total = state[1, i]
-        inverse = np.float32(1) / total if total > 0 else np.float32(0)
-        for d in range(dim):
-            scratch[d] = out_panel[d * PANEL + i] * inverse
-        store(out, row + i, scratch)
+        store(out, row + i, scratch[i * dim :])
         lse[row + i] = _log_sum_exp(state, i)
-        share = state[2, i] * inverse * _SLACK
+        share = state[2, i] * inverse[i] * _SLACK
         lost[row + i] = share / (1 + share)
 
 

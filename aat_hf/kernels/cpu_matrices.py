@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from aat_hf.kernels.cpu_team import call_by_team
 from aat_hf.kernels.simd_emit import LANES, PANEL
+from aat_hf.kernels.simd_transpose import transpose, transpose_each
 
 KEYS = 64  # keys whose scores are held at once
 Floats: TypeAlias = NDArray[np.float32]
@@ -190,10 +191,28 @@ def store(x: Matrix, row: int, scratch: Floats) -> None:
 @jit
 def pack(rows: Floats, lane: int, factor: np.float32, panel: Floats) -> None:
     """panel (dim, PANEL) = factor * rows[lane : lane + PANEL]^T; the last row fills the lanes past the end."""
-    last = rows.shape[0] - 1
-    for d in range(rows.shape[1]):
+    dim, last = rows.shape[1], rows.shape[0] - 1
+    whole = dim // LANES * LANES if lane + PANEL <= rows.shape[0] else 0
+    for d in range(0, whole, LANES):
+        for i in range(0, PANEL, LANES):
+            at, to = rows[lane + i].ctypes.data + 4 * d, panel[d * PANEL + i :].ctypes.data
+            transpose(at, dim, to, PANEL, factor)
+    for d in range(whole, dim):
         for i in range(PANEL):
             panel[d * PANEL + i] = rows[min(lane + i, last), d] * factor
+
+
+@jit
+def unpack(panel: Floats, dim: int, factors: Floats, rows: Floats) -> None:
+    """rows (PANEL, dim) = panel (dim, PANEL)^T, each times its lane's factor."""
+    whole = dim // LANES * LANES
+    for d in range(0, whole, LANES):
+        for i in range(0, PANEL, LANES):
+            at, to = panel[d * PANEL + i :].ctypes.data, rows[i * dim + d :].ctypes.data
+            transpose_each(at, PANEL, to, dim, factors[i:].ctypes.data)
+    for i in range(PANEL):
+        for d in range(whole, dim):
+            rows[i * dim + d] = panel[d * PANEL + i] * factors[i]
 
 
 @jit

@@ -17,7 +17,7 @@ from aat_hf.kernels.cpu_row_data import KEYS, LARGEST, TOTAL, Keys, Rows, Slots,
 from aat_hf.kernels.cpu_row_tiles import exact_tiles, is_whole, predict_tiles, totals, whole_tiles
 from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LANES, LOWEST, PANEL
-from aat_hf.kernels.simd_transpose import add_rows, transpose
+from aat_hf.kernels.simd_transpose import add_rows, transpose, transpose_each
 
 
 @inlined
@@ -39,11 +39,10 @@ def _pack_rows(
         place[dim:] = 0
         slots.first[i] = see.first[min(batch, see.first.shape[0] - 1), row]
         slots.last[i] = see.last[min(batch, see.last.shape[0] - 1), row]
-    slots.share[:] = 1
     for i in range(0, PANEL, LANES):
         for d in range(0, width, LANES):
-            at = slots.scratch[i * width + d :].ctypes.data
-            transpose(at, width, slots.share.ctypes.data, queries[d * PANEL + i :].ctypes.data, PANEL)
+            at, to = slots.scratch[i * width + d :].ctypes.data, queries[d * PANEL + i :].ctypes.data
+            transpose(at, width, to, PANEL, np.float32(1))
     for i in range(queries.size if squared else 0):
         squares[i] = (queries[i] * rule.scale) ** 2
     for i in range(queries.size):
@@ -173,7 +172,7 @@ def _add_lanes(
     block, share = slots.block, slots.share
     for first in range(0, count, LANES):
         masses = slots.mass[tile * groups * PANEL + first :]
-        transpose(masses.ctypes.data, groups * PANEL, share[first:].ctypes.data, block.ctypes.data, LANES)
+        transpose_each(masses.ctypes.data, groups * PANEL, block.ctypes.data, LANES, share[first:].ctypes.data)
         together = min(width, LANES)
         for lane in range(first, min(first + LANES, count), together):
             out, lanes = probability[row + lane // width, tile:], block[(lane - first) * LANES :]

@@ -41,9 +41,8 @@ class Costs(NamedTuple):
     shortest: int
 
 
-_SHORTEST_PER_THREAD = 1024  # what runs on one thread, as choosing does in part, weighs more beside a faster SDPA
-DECODE_FROM = 32768  # keys from which one query's tiles are selected, if the cache has summaries of them
-DECODE_VALUES_FROM = 65536  # keys from which selecting its values alone is clearly faster than SDPA
+# Keys for each thread: what runs on one thread, Python, weighs more beside a faster SDPA.
+_SHORTEST_PER_THREAD, _DECODE_PER_THREAD = 512, 8192
 _GATHER = Costs(3.0, 3.0, 2048)  # PyTorch's own operations, on any device
 
 
@@ -64,7 +63,7 @@ def _costs(device: str, dtype: torch.dtype, head_dim: int, threads: int) -> Cost
 
 def default_costs(threads: int) -> Costs:
     """Cautious costs of the CPU kernel on so many threads, where nothing was measured."""
-    return Costs(1.0, 1.1, _SHORTEST_PER_THREAD * max(3, threads))
+    return Costs(1.0, 1.1, _SHORTEST_PER_THREAD * max(4, threads))
 
 
 def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
@@ -72,11 +71,11 @@ def shortest(config: AATConfig, device: torch.device, dtype: torch.dtype, head_d
     return costs(device, dtype, head_dim).shortest if config.min_length is None else config.min_length
 
 
-def decode_from(config: AATConfig, summarised: bool = True) -> int:
-    """Fewest keys that a single query sees for its tiles to be selected; `summarised`: by an `aat_hf.AATCache`."""
+def decode_from(config: AATConfig) -> int:
+    """Fewest keys that a single query sees for its tiles to be selected."""
     if config.decode_from is not None:
         return config.decode_from
-    return DECODE_FROM if summarised else DECODE_VALUES_FROM
+    return _DECODE_PER_THREAD * max(2, torch.get_num_threads())
 
 
 def too_dense(density: float, q: Tensor) -> str | None:

@@ -16,21 +16,26 @@ def _shuffled(e: Emit, a: Any, b: Any, width: int) -> tuple[Any, Any]:
     return e.b.shuffle_vector(a, b, ir.Constant(VI, first)), e.b.shuffle_vector(a, b, ir.Constant(VI, second))
 
 
-def _emit_transpose(e: Emit, x: Any, step: Any, factor: Any, out: Any, out_step: Any) -> None:
-    factors = e.load(factor)
-    rows = [e.b.fmul(e.load(e.address(x, e.b.mul(I64(r), step))), factors) for r in range(LANES)]
-    width = 1
-    while width < LANES:
-        for r in range(LANES):
-            if not r & width:
-                rows[r], rows[r + width] = _shuffled(e, rows[r], rows[r + width], width)
-        width *= 2
-    for r, row in enumerate(rows):
-        e.store(row, e.address(out, e.b.mul(I64(r), out_step)))
+def _transposed(each: bool) -> Any:
+    def emit(e: Emit, x: Any, step: Any, out: Any, out_step: Any, factor: Any) -> None:
+        factors = e.load(factor) if each else e.splat(factor)
+        rows = [e.b.fmul(e.load(e.address(x, e.b.mul(I64(r), step))), factors) for r in range(LANES)]
+        width = 1
+        while width < LANES:
+            for r in range(LANES):
+                if not r & width:
+                    rows[r], rows[r + width] = _shuffled(e, rows[r], rows[r + width], width)
+            width *= 2
+        for r, row in enumerate(rows):
+            e.store(row, e.address(out, e.b.mul(I64(r), out_step)))
+
+    return kernel("iiiii" if each else "iiiif", emit)
 
 
-# (x, row stride, factor, out, row stride): out[j, i] = x[i, j] factor[j] for a block of LANES x LANES.
-transpose = kernel("iiiii", _emit_transpose)
+# (x, row stride, out, row stride, factor): out[j, i] = factor x[i, j] for a block of LANES x LANES.
+transpose = _transposed(False)
+# ... or factor[j] x[i, j], its address given.
+transpose_each = _transposed(True)
 
 
 def _emit_add(e: Emit, x: Any, rows: Any, out: Any) -> None:

@@ -249,7 +249,7 @@ def test_short_calls_say_why_they_are_dense():
     aat_hf.configure(model, tolerance=0.1)
     with aat_hf.record(model) as report, torch.no_grad():
         model(ids(1))
-    assert {r.reason for r in report.layers} == {"40 keys are fewer than min_length = 3072"}
+    assert {r.reason for r in report.layers} == {"40 keys are fewer than min_length = 2048"}
 
 
 def test_what_would_be_wrong_is_refused():

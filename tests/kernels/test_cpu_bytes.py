@@ -60,9 +60,7 @@ def test_rough_masses_are_those_of_rounded_queries_and_keys(rough, softcap, dim)
     rows = torch.tensor([0, 1, 3, 17, 50, 51, 100, 160, 200, 229])
     found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(k))
     wanted = measure_rows(rounded(q).float(), rounded(k).float(), mask, rows, 16, 0.3, softcap)
-    assert torch.allclose(
-        found[0], wanted[0], rtol=0.1, atol=1e-3
-    )  # two exponentials, each 4 % off
+    assert torch.allclose(found[0], wanted[0], rtol=0.1, atol=1e-3)  # two exponentials, each 4 % off
     assert torch.allclose(found[1], wanted[1], atol=0.08)
     exact = measure_rows(q, k, mask, rows, 16, 0.3, softcap)
     assert not torch.equal(found[0], exact[0])
