@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aat_hf.kernels import cpu_backward, cpu_forward
 from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Rule, padded
+from aat_hf.kernels.cpu_sums import reduce, sums_for
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.lowered_tiles import lower_tiles
 from aat_hf.kernels.simd_emit import PANEL
@@ -170,19 +171,20 @@ def gradients(
     """Run the backward loop: gradients of q, k, v, mean keys and mean values (batch, kv_heads, key_tiles, dim)."""
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     edges, chunks = _chunks(torch.from_numpy(grid.starts), q, k, v)
-    # numpy's own memory: unlike torch it asks the kernel for huge pages, and first touches are what these cost
-    sum_k, sum_v = (np.empty((len(edges) - 1, k.shape[2], padded(x.shape[-1])), np.float32) for x in (k, v))
+    in_place = [x.dtype == torch.float32 and x.shape[-1] == padded(x.shape[-1]) for x in (k, v)]
+    sum_k, sum_v = (sums_for(x, chunks, own) for x, own in zip((d_k, d_v), in_place, strict=True))
     touched = np.zeros((len(edges) - 1, -(-k.shape[2] // grid.key_tile)), np.uint8)
     tiles = len(centroids.k) // (k.shape[0] * k.shape[1])
-    sums_mean = [np.zeros((len(edges) - 1, tiles, total.shape[2]), np.float32) for total in (sum_k, sum_v)]
+    sums_mean = [np.zeros((len(edges) - 1, tiles, total.first.shape[2]), np.float32) for total in (sum_k, sum_v)]
     inputs = [as_matrix(x) for x in (q, k, v, output, d_output.to(v.dtype))]
     rows = [x.detach().contiguous().view(-1).numpy() for x in (lse, d_lse)]
     sums = (edges.numpy(), as_matrix(d_q), sum_k, sum_v, touched, *sums_mean)
     keys = len(grid.columns) * grid.key_tile + len(centroids.columns)
     work = 5 * keys * grid.query_tile * max(q.shape[-1], v.shape[-1])
     run(cpu_backward.backward, work, *inputs, *rows, grid, centroids, rule, skipped.numpy(), *sums)
-    for total, result in ((sum_k, d_k), (sum_v, d_v)):
-        run(cpu_backward.reduce, 8 * total.size, total, touched, k.shape[2], grid.key_tile, chunks, as_matrix(result))
+    for total, own, result in zip((sum_k, sum_v), in_place, (d_k, d_v), strict=True):
+        work = 8 * (total.first.size + total.others.size)
+        run(reduce, work, total, touched, k.shape[2], grid.key_tile, own, as_matrix(result))
     mean_k, mean_v = (x.reshape(*k.shape[:2], chunks, tiles, x.shape[2]).sum(2) for x in sums_mean)
     mean_k, mean_v = mean_k[..., : k.shape[3]], mean_v[..., : v.shape[3]]
     return d_q, d_k, d_v, torch.from_numpy(mean_k).contiguous(), torch.from_numpy(mean_v).contiguous()

@@ -33,6 +33,7 @@ from aat_hf.kernels.cpu_matrices import (
     unpack,
     widen,
 )
+from aat_hf.kernels.cpu_sums import Sums, of_chunk
 from aat_hf.kernels.simd_borrow import borrowed, hold
 from aat_hf.kernels.simd_emit import LOWEST, PANEL
 
@@ -215,43 +216,44 @@ def _centroid_gradients(
 @entry
 def backward(
     counter: Numbers, q: Matrix, k: Matrix, v: Matrix, out: Matrix, d_out: Matrix, lse: Floats, d_lse: Floats,
-    grid: Grid, centroids: Centroids, rule: Rule, skipped: Bytes, edges: Numbers, d_q: Matrix, sum_k: Floats,
-    sum_v: Floats, touched: Bytes, sum_mean_k: Floats, sum_mean_v: Floats,
+    grid: Grid, centroids: Centroids, rule: Rule, skipped: Bytes, edges: Numbers, d_q: Matrix, sum_k: Sums,
+    sum_v: Sums, touched: Bytes, sum_mean_k: Floats, sum_mean_v: Floats,
 ) -> None:  # fmt: skip
     """Take chunks of query tiles, `edges[c] <= row < edges[c + 1]`, from the queue until it is empty.
 
     A chunk belongs to one head of k and v and sums its dK and dV in buffers of its own, always in the same order.
 
     Args:
-        sum_k, sum_v: (chunks, keys, padded dim), not initialised.
-        touched: (chunks, key_tiles) uint8, set where sum_k and sum_v hold something.
+        touched: (chunks, key_tiles) uint8, set where the chunk's sums hold something.
     """
     q, k, v, out, d_out, lse, d_lse, grid = borrowed((q, k, v, out, d_out, lse, d_lse, grid))
     centroids, skipped, edges, d_q, touched = borrowed((centroids, skipped, edges, d_q, touched))
     sum_k, sum_v, sum_mean_k, sum_mean_v = borrowed((sum_k, sum_v, sum_mean_k, sum_mean_v))
+    wide, value_wide = sum_k.first.shape[2], sum_v.first.shape[2]
     dim, value_dim = max(q.wide.shape[1], q.bits.shape[1]), max(v.wide.shape[1], v.bits.shape[1])
     most = min(padded(grid.query_tile), QUERIES)
     memory = Backward(
-        aligned(most * dim), aligned(most * value_dim), aligned(most * dim), aligned(most * sum_k.shape[2]),
-        aligned(most * sum_v.shape[2]), aligned(KEYS * most), aligned(KEYS * most), aligned(most), aligned(most),
+        aligned(most * dim), aligned(most * value_dim), aligned(most * dim), aligned(most * wide),
+        aligned(most * value_wide), aligned(KEYS * most), aligned(KEYS * most), aligned(most), aligned(most),
         aligned(PANEL), aligned(PANEL), aligned(most * max(dim, value_dim)), aligned(most * value_dim),
-        aligned(KEYS * sum_k.shape[2]), aligned(KEYS * sum_v.shape[2]),
+        aligned(KEYS * wide), aligned(KEYS * value_wide),
     )  # fmt: skip
     work = borrowed(memory)
     work.ones.fill(1)
     while True:
         chunk = simd.take_number(counter.ctypes.data)
-        if chunk >= sum_k.shape[0]:
+        if chunk >= len(edges) - 1:
             hold(memory)
             return
+        own_k, own_v = of_chunk(sum_k, chunk), of_chunk(sum_v, chunk)
         for row in range(edges[chunk], edges[chunk + 1]):
             head, kv_head, tile_first, tile_end = place(row, grid)
             for tile in range(grid.starts[row], grid.starts[row + 1]):
                 column = grid.columns[tile]
                 if not touched[chunk, column]:
                     touched[chunk, column] = 1
-                    sum_k[chunk, column * grid.key_tile : (column + 1) * grid.key_tile] = 0
-                    sum_v[chunk, column * grid.key_tile : (column + 1) * grid.key_tile] = 0
+                    own_k[column * grid.key_tile : (column + 1) * grid.key_tile] = 0
+                    own_v[column * grid.key_tile : (column + 1) * grid.key_tile] = 0
             for first in range(tile_first, tile_end, most):
                 count, at, lane = min(tile_end - first, most), head * grid.queries + first, first - tile_first
                 _load_queries(at, count, q, out, d_out, lse, d_lse, rule.factor, work)
@@ -260,9 +262,8 @@ def backward(
                 while tile < end:
                     tiles = adjoining(tile, 1, end, grid, rule)
                     _tile_gradients(
-                        tile, tiles, lane, count, kv_head * grid.keys, k, v, grid, rule, work, skipped, sum_k[chunk],
-                        sum_v[chunk],
-                    )  # fmt: skip
+                        tile, tiles, lane, count, kv_head * grid.keys, k, v, grid, rule, work, skipped, own_k, own_v
+                    )
                     tile += tiles
                 if centroids.starts.size:
                     _centroid_gradients(
@@ -272,27 +273,3 @@ def backward(
                     if i % PANEL == 0:
                         unpack(work.dq[i * dim :], dim, work.ones, work.scratch)
                     store(d_q, at + i, work.scratch[i % PANEL * dim :])
-
-
-@entry
-def reduce(
-    counter: Numbers, sums: Floats, touched: Bytes, keys: int, key_tile: int,
-    chunks: int, out: Matrix,
-) -> None:  # fmt: skip
-    """Take key tiles of heads of k and v; add their `chunks` sums in order and write them to `out`."""
-    sums, touched, out = borrowed((sums, touched, out))
-    dim = max(out.wide.shape[1], out.bits.shape[1])
-    tiles = (keys - 1) // key_tile + 1
-    total = aligned(dim)
-    while True:
-        item = simd.take_number(counter.ctypes.data)
-        if item >= sums.shape[0] // chunks * tiles:
-            return
-        head, column = item // tiles, item % tiles
-        for key in range(column * key_tile, min(column * key_tile + key_tile, keys)):
-            total.fill(0)
-            for chunk in range(head * chunks, (head + 1) * chunks):
-                if touched[chunk, column]:
-                    for d in range(dim):
-                        total[d] += sums[chunk, key, d]
-            store(out, head * keys + key, total)

@@ -220,10 +220,8 @@ def widen(rows: Floats, width: int, out: Floats) -> None:
     """Copy (n, dim) into rows of `width` floats, the rest 0."""
     dim = rows.shape[1]
     for i in range(rows.shape[0]):
-        for d in range(dim):
-            out[i * width + d] = rows[i, d]
-        for d in range(dim, width):
-            out[i * width + d] = 0
+        out[i * width : i * width + dim] = rows[i]
+        out[i * width + dim : (i + 1) * width] = 0
 
 
 @jit
