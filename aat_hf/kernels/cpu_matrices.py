@@ -40,8 +40,10 @@ def entry(function: Any) -> Any:
     """
     scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": jit(function)}
     call = FunctionType(_call_loop.__code__, scope, function.__name__)
-    # The cache's file is named after this, so that a change of what all loops share counts.
-    call.__qualname__ = f"{function.__name__}_{LANES}_{_CODE[:16]}"
+    # The cache's file is named after this, so that a change of the loop or of what all loops share counts.
+    own = function.__code__
+    code = hashlib.sha256(f"{_CODE} {own.co_code.hex()} {own.co_names} {own.co_consts}".encode()).hexdigest()
+    call.__qualname__ = f"{function.__name__}_{LANES}_{code[:16]}"
     try:
         return njit(cache=True, **_OPTIONS)(call)
     except RuntimeError as error:
