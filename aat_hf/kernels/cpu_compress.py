@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_matrices import Bytes, Numbers, entry
+from aat_hf.kernels.cpu_matrices import Bytes, Numbers, entry, jit
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.simd_borrow import borrowed
 from aat_hf.tiling.masks import NONE, PARTIAL
@@ -39,19 +39,16 @@ def count_tiles(counter: Numbers, levels: Bytes, states: Bytes, count: Numbers) 
         count: (batch * heads * query_tiles,).
     """
     levels, states, count = borrowed((levels, states, count))
-    batch, heads, rows, tiles = levels.shape
-    blocks = (rows - 1) // _ROWS + 1
+    rows, tiles = levels.shape[2:]
     while True:
-        taken = simd.take_number(counter.ctypes.data)
-        if taken >= batch * heads * blocks:
+        head, start = _next_rows(counter, levels)
+        if start < 0:
             return
-        head, start = taken // blocks, taken % blocks * _ROWS
-        b, h = head // heads, head % heads
-        state = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
+        level, state = _of_head(levels, states, head)
         for row in range(start, min(start + _ROWS, rows)):
             found = np.int32(0)
             for tile in range(tiles):
-                found += np.int32((levels[b, h, row, tile] != 0) & (state[row, tile] != NONE))
+                found += np.int32((level[row, tile] != 0) & (state[row, tile] != NONE))
             count[head * rows + row] = found
 
 
@@ -62,20 +59,32 @@ def list_tiles(
 ) -> None:  # fmt: skip
     """Take blocks of rows from the queue until it is empty and write their tiles."""
     levels, states, row_start, columns, stored, cut = borrowed((levels, states, row_start, columns, stored, cut))
-    batch, heads, rows, _ = levels.shape
-    blocks = (rows - 1) // _ROWS + 1
+    rows = levels.shape[2]
     while True:
-        taken = simd.take_number(counter.ctypes.data)
-        if taken >= batch * heads * blocks:
+        head, start = _next_rows(counter, levels)
+        if start < 0:
             return
-        head, start = taken // blocks, taken % blocks * _ROWS
-        b, h = head // heads, head % heads
-        state = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
+        level, state = _of_head(levels, states, head)
         for row in range(start, min(start + _ROWS, rows)):
             place, end, tile = row_start[head * rows + row], row_start[head * rows + row + 1], 0
             while place < end:
-                level = levels[b, h, row, tile]
-                if (level != 0) & (state[row, tile] != NONE):
-                    columns[place], stored[place], cut[place] = tile, level, state[row, tile] == PARTIAL
+                if (level[row, tile] != 0) & (state[row, tile] != NONE):
+                    columns[place], stored[place], cut[place] = tile, level[row, tile], state[row, tile] == PARTIAL
                     place += 1
                 tile += 1
+
+
+@jit
+def _next_rows(counter: Numbers, levels: Bytes) -> tuple[int, int]:
+    """A head, counted through the batch, and the first of a block of its rows; (0, -1): there are no more."""
+    batch, heads, rows, _ = levels.shape
+    blocks = (rows - 1) // _ROWS + 1
+    taken = simd.take_number(counter.ctypes.data)
+    return (taken // blocks, taken % blocks * _ROWS) if taken < batch * heads * blocks else (0, -1)
+
+
+@jit
+def _of_head(levels: Bytes, states: Bytes, head: int) -> tuple[Bytes, Bytes]:
+    """Levels and states of one head: (query_tiles, key_tiles)."""
+    b, h = head // levels.shape[1], head % levels.shape[1]
+    return levels[b, h], states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
