@@ -71,11 +71,9 @@ def choose(
         at, out, found = amount.ctypes.data, kept[b, h, row].ctypes.data, sums.ctypes.data
         amounts(mass[b, h, row].ctypes.data, must, state, tiles, at, found, units)
         visible, budget = sums[1], np.float64(tolerance[b, h]) * (sums[0] + free[b, h, row])
-        bar = (
-            np.float32(np.inf)
-            if sums[2] <= budget
-            else _least_kept(amount[: int(sums[4])], budget, np.float32(sums[3]), sums)
-        )
+        bar = np.float32(np.inf)
+        if sums[2] > budget:
+            bar = _least_kept(amount[: int(sums[4])], budget, np.float32(sums[3]), sums)
         keep(at, must, state, tiles, out, found, bar)
         if sums[0] > max_kept * visible:
             keep(at, must, state, tiles, out, found, np.float32(0))

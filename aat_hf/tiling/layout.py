@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aat_hf.config import AATConfig
@@ -43,25 +45,27 @@ def random_rows(queries: int, count: int, seed: int, device: torch.device, avoid
 
 def control_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows that check a map before it is used, none of them measured: (control_rows,) at most."""
-    sizes = config.query_tile, config.sample_stride, config.control_rows, config.audit_rows, config.seed
-    return _checked_rows(queries, *sizes, device)[0]
+    return torch.from_numpy(_checked_rows(queries, *_sizes(config))[0]).to(device)
 
 
 def held_out_rows(queries: int, config: AATConfig, device: torch.device) -> Tensor:
     """Random rows for the audit, none of them used for the map: (audit_rows,) at most."""
-    sizes = config.query_tile, config.sample_stride, config.control_rows, config.audit_rows, config.seed
-    return _checked_rows(queries, *sizes, device)[1]
+    return torch.from_numpy(_checked_rows(queries, *_sizes(config))[1]).to(device)
 
 
-@lru_cache(maxsize=32)  # the layers of a model ask for the same rows
+def _sizes(config: AATConfig) -> tuple[int, int, int, int, int]:
+    return config.query_tile, config.sample_stride, config.control_rows, config.audit_rows, config.seed
+
+
+@lru_cache(maxsize=32)  # the layers of a model ask for the same rows; arrays, for tensors would be those of a mode
 def _checked_rows(
-    queries: int, query_tile: int, stride: int, controls: int, audited: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    queries: int, query_tile: int, stride: int, controls: int, audited: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Control rows and rows for the audit."""
-    with torch.inference_mode(False):  # a later backward pass may save them
-        used = sampled_rows(queries, query_tile, stride, device).flatten()
-        control = random_rows(queries, controls, seed, device, used)
-        return control, random_rows(queries, audited, seed + 1, device, torch.cat([used, control]))
+    cpu = torch.device("cpu")
+    used = sampled_rows(queries, query_tile, stride, cpu).flatten()
+    control = random_rows(queries, controls, seed, cpu, used)
+    return control.numpy(), random_rows(queries, audited, seed + 1, cpu, torch.cat([used, control])).numpy()
 
 
 def group_heads(x: Tensor, kv_heads: int) -> Tensor:

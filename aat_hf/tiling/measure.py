@@ -24,8 +24,8 @@ _CHUNK_ROWS = 128  # short chunks let causal rows skip the keys after them
 class RoughKeys:
     """Keys for estimates; given to the functions below, it allows scores and exponentials that are not exact.
 
-    Processors that are faster with them take q and k rounded to 8 bits, row by row: those of k are kept here for the
-    next estimate. Exponentials may be 4 % off.
+    On a CPU exponentials may then be 4 % off, and processors that are faster with them take q and k rounded to 8 bits,
+    row by row: those of k are kept here for the next estimate. Elsewhere estimates are exact.
     """
 
     def __init__(self, k: Tensor) -> None:
