@@ -52,6 +52,8 @@ def main(folder: str, kind: str) -> None:
     else:  # whose checkpoint is that of one process
         found = [by_trainer(folder, batch=1)]
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # nobody leaves while another still talks to it
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
