@@ -54,13 +54,12 @@ class Summary(NamedTuple):
     """Moments of groups of keys, for prediction.
 
     Attributes:
-        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32; or in their place the same, rounded:
-        small_mean, small_variance.
+        mean, variance: (batch * kv_heads * key_tiles * groups, head_dim) float32; small_mean, small_variance: in their
+            place the same, rounded.
         critical, log_size: (key_tiles * groups,) float32: sqrt(2 ln n) and log2 n of each group.
         groups: of a tile; 0: nothing is predicted, every tile is exact.
         near: (batch or 1, queries) int64, first tile of each row's local band; `width` tiles are exact from there.
         sink: so many first tiles are exact.
-        natural: factor of the squared scale * q, so that variances give natural scores.
     """
 
     mean: Floats

@@ -110,4 +110,4 @@ def test_all_of_it_at_once_and_resumed(tmp_path):
     assert entry["aat_tiled_calls"] == 1 and whole[-1] < whole[0]
     resumed = trainer(language_model(), arguments(tmp_path, use_cpu=False, **how), [AATCallback()])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert resumed.state.global_step == 6 and losses(resumed) == pytest.approx(whole, rel=1e-3)  # in bfloat16
+    assert resumed.state.global_step == 6 and losses(resumed) == pytest.approx(whole, rel=2e-4)  # in bfloat16

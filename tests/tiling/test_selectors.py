@@ -7,6 +7,8 @@ import torch
 from inputs import peaked
 
 from aat_hf.config import AATConfig
+from aat_hf.kernels import cpu_rows
+from aat_hf.kernels.cpu_row_data import Rows
 from aat_hf.tiling.masks import FULL, NONE, causal_mask
 from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import SELECTORS, _blend, blend, get_selector, mix, moments, oracle
@@ -54,14 +56,15 @@ def test_mix_is_the_mean_of_both_with_neighbours():
     assert torch.equal(mix(seen), blend(get_selector("measured")(seen), moments(seen), seen.states))
 
 
-def test_measured_rows_approach_all_rows():
+def test_measured_rows_approach_all_rows(monkeypatch):
+    monkeypatch.setattr(cpu_rows, "Rows", lambda *fields: Rows(*fields[:-1], False))  # without rough exponentials
     seen = scene()
     truth = oracle(seen)
     few, most, all_of_them = (
         float((get_selector("measured")(replace(seen, config=AATConfig(sample_stride=n))) - truth).abs().mean())
         for n in (32, 2, 1)
     )
-    assert few > 2 * most > 3 * all_of_them  # rough ones: their exponentials are 4 % off at most
+    assert few > 2 * most > 5 * all_of_them
 
 
 def test_unknown_names_are_told():
