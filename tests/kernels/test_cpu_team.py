@@ -68,16 +68,27 @@ def test_every_thread_of_the_team_calls_once():
     assert seen.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
+def threads_of_this_process():
+    return set(os.listdir("/proc/self/task"))
+
+
 @linux
 def test_they_are_the_threads_that_run_torch(two_threads):
-    seen, team = np.zeros(2, np.int64), Team()
-    noted(team.enter, 2, seen, -1)
-    threads = len(os.listdir("/proc/self/task"))
-    for _ in range(3):
+    """Each thread that starts work has a pool of its own in OpenMP, so a new one sees its pool come into being."""
+    seen, started = np.zeros(2, np.int64), []
+
+    def start_torch_then_the_loop():
+        before = threads_of_this_process()
         torch.ones(1 << 20).exp_()
-        noted(team.enter, 2, seen, -1)
-    assert len(os.listdir("/proc/self/task")) == threads
-    assert seen.tolist() == [4, 4]
+        by_torch = threads_of_this_process()
+        noted(Team().enter, 2, seen, -1)
+        started.extend([by_torch - before, threads_of_this_process() - by_torch])
+
+    thread = threading.Thread(target=start_torch_then_the_loop)
+    thread.start()
+    thread.join()
+    assert [len(threads) for threads in started] == [1, 0]
+    assert seen.tolist() == [1, 1]
 
 
 @linux
