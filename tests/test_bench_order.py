@@ -1,4 +1,4 @@
-"""`aat bench order` and `aat bench selection --certificates`: what they say of a head is what brute force says."""
+"""`aat bench order` and `aat bench heads --certificates`: what they say of a head is what brute force says."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from aat_hf.tiling.select import Scene
 from aat_hf.tiling.selectors import get_selector
 
 KEYS, CONFIG = 640, AATConfig(tolerance=0.1, dense_prefix=128, max_kept=1.0)
-GROUPINGS = [Grouping(16), Grouping(64), Grouping(16, 128), Grouping(64, 256)]
+GROUPINGS = [Grouping(16), Grouping(64), Grouping(16, 128), Grouping(64, 256), Grouping(16, 256, "coordinate")]
 
 
 @pytest.fixture
 def head():
     q, k, v = peaked(1, 1, 1, KEYS, KEYS, 16, torch.float64)
-    orders = {chunk: content_order(k, chunk, LEAF, CONFIG.sink_keys)[0, 0] for chunk in (128, 256)}
+    trees = [grouping.tree for grouping in GROUPINGS if grouping.tree is not None]
+    orders = {(chunk, axis): content_order(k, chunk, LEAF, CONFIG.sink_keys, axis)[0, 0] for chunk, axis in trees}
     return Head(q, k, v, causal_mask(KEYS, KEYS, q.device), 0.25, orders)
 
 
@@ -42,10 +43,10 @@ def test_what_is_kept_lost_and_computed_agrees_with_whole_attention(head, groupi
     lost = masses.masked_fill(row_kept, 0.0).sum(-1)
     assert (lost.view(-1, 64).mean(-1) <= CONFIG.tolerance).all() and 0 < kept.sum() < (layout.states != 0).sum()
     seen = row_kept.repeat_interleave(grouping.key_tile, 1)
-    if grouping.chunk is not None:
+    if grouping.tree is not None:
         inside = layout.rows(layout.closed, head.every).repeat_interleave(grouping.key_tile, 1)
         assert inside.any()
-        back = head.orders[grouping.chunk].argsort()
+        back = head.orders[grouping.tree].argsort()
         seen = torch.where(inside[:, back], seen[:, back], seen)  # chunks are closed as wholes
     future = torch.ones(KEYS, KEYS, dtype=torch.bool).triu(1)
     scores = (0.25 * head.q[0, 0] @ head.k[0, 0].mT).masked_fill(future, -torch.inf)
@@ -73,18 +74,23 @@ def test_a_head_that_loses_too_much_is_chosen_again(head):
     assert float(exact.masked_fill(kept, 0.0).sum(-1).mean()) <= 1.1 * CONFIG.tolerance
 
 
-@pytest.mark.parametrize("text", ["48", "64/96", "16/8", "8", "64/512/3", "x"])
+@pytest.mark.parametrize("text", ["48", "64/96", "16/8", "8", "64/512/3", "64/512/principal/3", "x"])
 def test_groupings_that_no_tree_has_are_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises((TypeError, ValueError)):
         Grouping.parse(text)
+
+
+def test_groupings_are_read_from_text():
+    assert Grouping.parse("16/1024/coordinate") == Grouping(16, 1024, "coordinate")
+    assert Grouping.parse("64/512") == Grouping(64, 512)
 
 
 def test_of_a_model(tmp_path, capsys):
     model, table = save_tiny(tmp_path / "tiny"), tmp_path / "a.csv"
-    command = ["bench", "order", "--model", model, "--tokens", "1600", "--every", "1", "--kl", "--tolerances", "0.3"]
+    command = ["bench", "order", "--model", model, "--tokens", "1600", "--every", "1", "--tolerances", "0.3"]
     assert cli.main([*command, "--groupings", "16", "64/512", "--estimates", "mix", "--out", str(table)]) == 0
     shown = capsys.readouterr().out
-    assert "0.3 mix, 64 by content in 512" in shown and "top-1" in shown and "of SDPA's" in shown
+    assert "0.3 mix, 64 by content in 512" in shown and "of SDPA's" in shown
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4 * 2 and all(0 < float(row["density"]) <= 1 for row in rows)
@@ -97,7 +103,7 @@ def test_tokens_that_fill_no_query_tile_are_refused(capsys):
 
 
 def test_certificates_of_a_model(tmp_path, capsys):
-    command = ["bench", "selection", "--model", save_tiny(tmp_path / "tiny"), "--tokens", "1600", "--certificates"]
+    command = ["bench", "heads", "--model", save_tiny(tmp_path / "tiny"), "--tokens", "1600", "--certificates"]
     table = tmp_path / "a.csv"
     assert cli.main([*command, "--selectors", "mix", "--tolerances", "0.3", "--out", str(table)]) == 0
     assert "culls certified by the ball" in capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""One head under several groupings of its keys, from its whole attention matrix, for `aat bench order`."""
+"""One head under several groupings of its keys, from its whole attention matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,16 @@ from aat_hf.tiling.layout import forced_tiles, sampled_rows
 from aat_hf.tiling.masks import NONE, AttentionMask
 from aat_hf.tiling.measure import scores_by_tile
 from aat_hf.tiling.moments import log_mass, summarise
-from aat_hf.tiling.order import closed_tiles
+from aat_hf.tiling.order import AXES, closed_tiles, content_order
 from aat_hf.tiling.select import select_tiles
 from aat_hf.tiling.selectors import blend
 
 LEAF = 16
 ESTIMATES = ("oracle", "moments", "mix")
 _PASSES = 3  # as of `aat_hf.tiling.repair`
+
+Tree = tuple[int, str]
+"""Chunk and axis of a content order."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +31,37 @@ class Grouping:
 
     key_tile: int
     chunk: int | None = None
+    axis: str = "principal"
 
     @classmethod
     def parse(cls, text: str) -> Grouping:
-        """Of "TILE" or "TILE/CHUNK".
+        """Of "TILE", "TILE/CHUNK" or "TILE/CHUNK/AXIS".
 
         Raises:
-            ValueError: not two such numbers, TILE no multiple of the leaf, or CHUNK not TILE * 2^m.
+            TypeError, ValueError: not such numbers, TILE no leaf * 2^m, CHUNK no TILE * 2^m, or AXIS unknown.
         """
-        tile, *chunk = (int(part) for part in text.split("/"))
-        grouping = cls(tile, *chunk) if len(chunk) < 2 else cls(0)
-        sizes = [grouping.key_tile / LEAF, (grouping.chunk or tile) / max(1, tile)]
-        if not all(size in (2**m for m in range(20)) for size in sizes):
-            raise ValueError(f"{text!r}: must be TILE or TILE/CHUNK, TILE and CHUNK {LEAF} times powers of two")
+        tile, *more = text.split("/")
+        grouping = cls(int(tile), int(more[0]) if more else None, *more[1:])
+        steps = [grouping.key_tile / LEAF, (grouping.chunk or grouping.key_tile) / max(1, grouping.key_tile)]
+        if grouping.axis not in AXES or not all(step in (2**m for m in range(20)) for step in steps):
+            raise ValueError(
+                f"{text!r}: must be TILE, TILE/CHUNK or TILE/CHUNK/AXIS, TILE and CHUNK {LEAF} times powers of two, "
+                f"AXIS one of {', '.join(AXES)}"
+            )
         return grouping
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.key_tile} in place" if self.chunk is None else f"{self.key_tile} by content in {self.chunk}"
+        if self.chunk is None:
+            return f"{self.key_tile} in place"
+        along = "" if self.axis == "principal" else f", by {self.axis}"
+        return f"{self.key_tile} by content in {self.chunk}{along}"
+
+    @property
+    def tree(self) -> Tree | None:
+        """What the order of the keys follows; None in place."""
+        return None if self.chunk is None else (self.chunk, self.axis)
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,11 @@ class Head:
     Args:
         q, k, v: (1, 1, N, dim), N a multiple of the query tile.
         mask: of one batch row and one rule for all heads.
-        orders: (N,) content order by chunk.
+        orders: (N,) content order of each tree.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, orders: Mapping[int, Tensor]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, orders: Mapping[Tree, Tensor]
     ) -> None:
         self.q, self.k, self.v, self.scale, self.orders = q, k, v, scale, orders
         self.every = torch.arange(q.shape[2], device=q.device)
@@ -97,15 +112,15 @@ class Head:
         self.lse = scores.logsumexp(-1)
         self.weights = scores.sub_(self.lse[:, None]).exp_()  # [N, N]
         by_key = self.weights.T.contiguous()  # whole rows are gathered faster than columns
-        self._leaves = {chunk: by_key[order].unflatten(0, (-1, LEAF)).sum(1).T for chunk, order in orders.items()}
+        self._leaves = {tree: by_key[order].unflatten(0, (-1, LEAF)).sum(1).T for tree, order in orders.items()}
         self._in_place = self.weights.unflatten(1, (-1, LEAF)).sum(-1)
 
     def masses(self, layout: Layout) -> Tensor:
         """Exact tile masses of all rows: (N, key_tiles)."""
         masses = self._in_place
-        if layout.grouping.chunk is not None:
+        if layout.grouping.tree is not None:
             closed = layout.rows(layout.closed, self.every).repeat_interleave(layout.config.key_tile // LEAF, 1)
-            masses = torch.where(closed, self._leaves[layout.grouping.chunk], masses)
+            masses = torch.where(closed, self._leaves[layout.grouping.tree], masses)
         return masses.unflatten(1, (-1, layout.config.key_tile // LEAF)).sum(-1)
 
     def estimate(self, layout: Layout, masses: Tensor, name: str) -> Tensor:
@@ -122,8 +137,8 @@ class Head:
         """Attention of `rows` (R,) to the `kept` tiles alone, renormalised: (R, value_dim)."""
         tile = layout.config.key_tile
         keys = layout.rows(kept & ~layout.closed, rows).repeat_interleave(tile, 1)
-        if layout.grouping.chunk is not None:
-            order = self.orders[layout.grouping.chunk]
+        if layout.grouping.tree is not None:
+            order = self.orders[layout.grouping.tree]
             keys[:, order] |= layout.rows(kept & layout.closed, rows).repeat_interleave(tile, 1)
         weights = self.weights[rows] * keys
         return (weights @ self.v[0, 0]) / weights.sum(-1, keepdim=True)
@@ -135,8 +150,8 @@ class Head:
         """Predicted masses of every `predict_stride`-th row, exact where tiles are forced: (R, key_tiles)."""
         rows = self._sampled(layout, layout.config.predict_stride)
         far = self._log_mass(layout, rows, self.k)
-        if layout.grouping.chunk is not None:
-            reordered = self.k[:, :, self.orders[layout.grouping.chunk]]
+        if layout.grouping.tree is not None:
+            reordered = self.k[:, :, self.orders[layout.grouping.tree]]
             far = torch.where(layout.rows(layout.closed, rows), self._log_mass(layout, rows, reordered), far)
         exact = masses[rows].log() + self.lse[rows, None]
         log_masses = torch.where(layout.rows(layout.forced, rows), exact, far)
@@ -145,6 +160,23 @@ class Head:
     def _log_mass(self, layout: Layout, rows: Tensor, keys: Tensor) -> Tensor:
         moments = summarise(keys, layout.config.key_tile, layout.config.summaries)
         return log_mass(self.q[:, :, rows], moments, self.scale)[0, 0]
+
+
+def heads_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, groupings: Sequence[Grouping]
+) -> Iterator[Head]:
+    """The heads of a call of batch 1, one by one, with the content orders that the groupings need."""
+    trees = {grouping.tree for grouping in groupings if grouping.tree is not None}
+    orders = {(chunk, axis): content_order(k, chunk, LEAF, AATConfig().sink_keys, axis)[0] for chunk, axis in trees}
+    for head in range(q.shape[1]):
+        kv = head // (q.shape[1] // k.shape[1])
+        own = {tree: order[kv] for tree, order in orders.items()}
+        yield Head(q[:, head, None], k[:, kv, None], v[:, kv, None], mask, scale, own)
+
+
+def density(layout: Layout, kept: Tensor) -> Tensor:
+    """Kept of the visible tiles: a scalar."""
+    return kept.sum() / (layout.states != NONE).sum()
 
 
 def choose(layout: Layout, estimate: Tensor, exact: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 On the q, k and v of a model, whole attention matrices, head by head: for tiles of neighbours and for tiles of the
 content order (`aat_hf.tiling.order`) inside closed chunks, the density that a tolerance needs, by exact masses
-("oracle") and by estimates, what is lost, and the error of the output. With --kl the whole model runs once for every
-line, and its predictions are compared with the dense pass.
+("oracle") and by estimates, what is lost, and the error of the output. What becomes of the model's predictions:
+`aat bench selection --groupings`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from aat_hf.bench._common import MODELS, TEXTS, environment, load, look_at_layers, markdown_table, tokens_of, write_csv
-from aat_hf.bench._order_trial import ESTIMATES, LEAF, Grouping, Head, Layout, choose
+from aat_hf.bench._order_trial import ESTIMATES, LEAF, Grouping, Layout, choose, density, heads_of
 from aat_hf.bench._timing import interleaved
-from aat_hf.compare import Quality, quality, replaced_attention, run_pass
 from aat_hf.config import AATConfig
 from aat_hf.data.progress import notice, progress
-from aat_hf.hf.masks import from_argument
 from aat_hf.tiling.masks import AttentionMask
-from aat_hf.tiling.order import content_order
+from aat_hf.tiling.order import AXES, content_order
 
 _GROUPINGS = [Grouping(tile, chunk) for chunk in (None, 512, 1024, 2048) for tile in (16, 32, 64)]
 _ERROR_STRIDE = 16  # output errors are taken over every so many rows
@@ -37,7 +35,7 @@ class OrderResult:
     """One head with its keys grouped in one way.
 
     Attributes:
-        chunk: keys ordered together, 0 in place.
+        chunk: keys ordered together, 0 in place; axis: of the order.
         lost: realised infidelity, mean over all rows; lost_p95: its 95th percentile over rows.
         error: norm of the error of the output over that of the output, every 16th row.
     """
@@ -46,6 +44,7 @@ class OrderResult:
     head: int
     key_tile: int
     chunk: int
+    axis: str
     estimate: str
     tolerance: float
     density: float
@@ -72,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         look_at_layers(model, input_ids, look)
     print(f"{args.model}, {args.text}, {args.tokens} tokens; {environment()}\n")
     print(f"{summary(results)}\n\n{_times_line(times)}")
-    if args.kl:
-        print(f"\n{_predictions(args, model, input_ids)}")
     if args.out is not None:
         write_csv(args.out, results)
         notice(f"Wrote {args.out}")
@@ -86,10 +83,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", default="code", help=f"{', '.join(TEXTS)} or a UTF-8 file")
     parser.add_argument("--tokens", type=int, default=4096, help="a multiple of the query tile, 64")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.05])
-    parser.add_argument("--groupings", type=Grouping.parse, nargs="+", default=_GROUPINGS, help="TILE or TILE/CHUNK")
+    parser.add_argument(
+        "--groupings",
+        type=Grouping.parse,
+        nargs="+",
+        default=_GROUPINGS,
+        help=f"TILE, TILE/CHUNK or TILE/CHUNK/AXIS; AXIS: {', '.join(AXES)}",
+    )
     parser.add_argument("--estimates", nargs="+", default=list(ESTIMATES), choices=ESTIMATES)
     parser.add_argument("--every", type=int, default=5, help="look at every so many layers")
-    parser.add_argument("--kl", action="store_true", help="run the whole model with every grouping: minutes each")
     parser.add_argument("--out", type=Path, help="write a CSV with one line per head to this file")
     args = parser.parse_args(argv)
     if args.tokens % AATConfig().query_tile:
@@ -106,7 +108,7 @@ def examine(
     layouts = [Layout.of(g, mask, AATConfig(tolerance=t)) for g in groupings for t in tolerances]
     sample = torch.arange(_ERROR_STRIDE // 2, q.shape[2], _ERROR_STRIDE, device=q.device)
     results = []
-    for number, head in enumerate(_heads(q, k, v, mask, scale, groupings)):
+    for number, head in enumerate(heads_of(q, k, v, mask, scale, groupings)):
         exact_output = head.weights[sample] @ head.v[0, 0]
         for layout in layouts:
             masses = head.masses(layout)
@@ -115,46 +117,32 @@ def examine(
                 kept = choose(layout, head.estimate(layout, masses, name), exact)
                 lost = masses.masked_fill(layout.rows(kept, head.every), 0.0).sum(-1)
                 error = (head.output(layout, kept, sample) - exact_output).norm() / exact_output.norm()
-                numbers = (_density(layout, kept), lost.mean(), lost.quantile(0.95), error)
-                where = (layer, number, layout.grouping.key_tile, layout.grouping.chunk or 0, name)
+                numbers = (density(layout, kept), lost.mean(), lost.quantile(0.95), error)
+                grouping = layout.grouping
+                where = (layer, number, grouping.key_tile, grouping.chunk or 0, grouping.axis, name)
                 results.append(OrderResult(*where, layout.config.tolerance, *map(float, numbers)))
     return results
 
 
-def _heads(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, groupings: Sequence[Grouping]
-) -> Iterator[Head]:
-    """The heads of a call one by one, with their content orders."""
-    chunks = {g.chunk for g in groupings if g.chunk is not None}
-    orders = {chunk: content_order(k, chunk, LEAF, AATConfig().sink_keys)[0] for chunk in chunks}
-    for head in range(q.shape[1]):
-        kv = head // (q.shape[1] // k.shape[1])
-        own = {chunk: order[kv] for chunk, order in orders.items()}
-        yield Head(q[:, head, None], k[:, kv, None], v[:, kv, None], mask, scale, own)
-
-
-def _density(layout: Layout, kept: Tensor) -> Tensor:
-    return kept.sum() / (layout.states != 0).sum()
-
-
 def _times(q: Tensor, k: Tensor, v: Tensor, groupings: Sequence[Grouping], scale: float) -> dict[str, float]:
-    """Seconds of causal SDPA and of ordering K and V by chunk."""
+    """Seconds of causal SDPA and of ordering K and V by each tree."""
 
-    def reorder(chunk: int) -> Callable[[], Any]:
+    def reorder(chunk: int, axis: str) -> Callable[[], Any]:
         def run() -> Any:
-            order = content_order(k, chunk, LEAF, AATConfig().sink_keys)[..., None]
+            order = content_order(k, chunk, LEAF, AATConfig().sink_keys, axis)[..., None]
             return k.take_along_dim(order, 2), v.take_along_dim(order, 2)
 
         return run
 
     attention = torch.nn.functional.scaled_dot_product_attention
     functions = {"sdpa": lambda: attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)}
-    functions |= {str(chunk): reorder(chunk) for chunk in sorted({g.chunk for g in groupings if g.chunk is not None})}
+    trees = sorted({grouping.tree for grouping in groupings if grouping.tree is not None})
+    functions |= {f"in {chunk} by {axis}": reorder(chunk, axis) for chunk, axis in trees}
     return {name: timing.median for name, timing in interleaved(functions, 3).items()}
 
 
 def _times_line(times: dict[str, float]) -> str:
-    shares = [f"{seconds / times['sdpa']:.1%} in {chunk}" for chunk, seconds in times.items() if chunk != "sdpa"]
+    shares = [f"{seconds / times['sdpa']:.1%} {name}" for name, seconds in times.items() if name != "sdpa"]
     return f"Ordering K and V, of SDPA's {1e3 * times['sdpa']:.0f} ms: {', '.join(shares) or 'nothing to order'}."
 
 
@@ -162,7 +150,7 @@ def summary(results: Sequence[OrderResult]) -> str:
     """One line per tolerance, estimate and grouping, means over heads; in place comes first."""
     cases: dict[tuple[float, str, Grouping], list[OrderResult]] = {}
     for r in results:
-        cases.setdefault((r.tolerance, r.estimate, Grouping(r.key_tile, r.chunk or None)), []).append(r)
+        cases.setdefault((r.tolerance, r.estimate, Grouping(r.key_tile, r.chunk or None, r.axis)), []).append(r)
     lines = []
     for (tolerance, estimate, grouping), heads in sorted(cases.items(), key=_position):
         in_place = cases.get((tolerance, estimate, Grouping(LEAF)), heads)
@@ -183,44 +171,4 @@ def summary(results: Sequence[OrderResult]) -> str:
 
 def _position(case: tuple[tuple[float, str, Grouping], Any]) -> tuple[Any, ...]:
     tolerance, estimate, grouping = case[0]
-    return -tolerance, ESTIMATES.index(estimate), grouping.chunk or 0, grouping.key_tile
-
-
-def _predictions(args: argparse.Namespace, model: Any, input_ids: Tensor) -> str:
-    """The model's predictions with every grouping in all layers and heads, against the dense pass: a table."""
-    dense = run_pass(model, input_ids, "sdpa").hidden
-    lines = []
-    for tolerance in args.tolerances:
-        for estimate in args.estimates:
-            for grouping in args.groupings:
-                density, found = _tiled_pass(model, input_ids, dense, grouping, estimate, tolerance)
-                numbers = [f"{density:.3f}", f"{found.nll_difference:+.4f}", f"{found.kl:.4f}", f"{found.kl_p99:.3f}"]
-                name = f"{tolerance:g} {estimate}, {grouping.name}"
-                lines.append([name, *numbers, f"{found.top1_agreement:.3f}"])
-                notice(" ".join(lines[-1]))
-    return markdown_table(("tolerance, estimate, tiles", "density", "ΔNLL", "KL", "KL p99", "top-1"), lines)
-
-
-def _tiled_pass(
-    model: Any, input_ids: Tensor, dense: Tensor, grouping: Grouping, estimate: str, tolerance: float
-) -> tuple[float, Quality]:
-    """Mean density over layers and heads, and what became of the predictions."""
-    densities: list[float] = []
-
-    def tiled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        shape = dict(batch=1, heads=query.shape[1], queries=query.shape[2], keys=key.shape[2])
-        mask, _ = from_argument(attention_mask, **shape, is_causal=True, device=query.device)
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        layout = Layout.of(grouping, mask, AATConfig(tolerance=tolerance))
-        outputs = []
-        for head in _heads(query, key, value, mask, scale, [grouping]):
-            masses = head.masses(layout)
-            exact = head.estimate(layout, masses, "oracle")
-            kept = choose(layout, head.estimate(layout, masses, estimate), exact)
-            densities.append(float(_density(layout, kept)))
-            outputs.append(head.output(layout, kept, head.every))
-        return torch.stack(outputs, 1)[None], None
-
-    with replaced_attention("sdpa", lambda _: tiled):
-        hidden = run_pass(model, input_ids, "sdpa").hidden
-    return fmean(densities), quality(model, input_ids, dense, hidden)
+    return -tolerance, ESTIMATES.index(estimate), grouping.chunk or 0, grouping.axis, grouping.key_tile

@@ -26,7 +26,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-jit = njit(**_OPTIONS)
+jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 inlined = njit(inline="always", **_OPTIONS)
 # numba's cache looks at a loop's own file only
 _SHARED = sorted(path.name for pattern in ("simd*.py", "cpu_*.py") for path in Path(__file__).parent.glob(pattern))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,7 @@ def spread(keys: torch.Tensor, tile: int) -> torch.Tensor:
     return keys.unflatten(2, (-1, tile)).var(3, unbiased=False).sum(-1).mean(-1)
 
 
-def reordered(keys: torch.Tensor, *how: int) -> torch.Tensor:
+def reordered(keys: torch.Tensor, *how: Any) -> torch.Tensor:
     return keys.gather(2, content_order(keys, *how)[..., None].expand_as(keys))
 
 
@@ -36,8 +38,9 @@ def reordered(keys: torch.Tensor, *how: int) -> torch.Tensor:
     first=st.integers(0, 70),
     dim=st.integers(1, 5),
     kind=st.sampled_from(["normal", "equal", "integers", "huge", "tiny"]),
+    axis=st.sampled_from(["principal", "coordinate"]),
 )
-def test_a_permutation_inside_each_chunk_and_nowhere_else(length, leaf, halvings, first, dim, kind):
+def test_a_permutation_inside_each_chunk_and_nowhere_else(length, leaf, halvings, first, dim, kind, axis):
     chunk = leaf << halvings
     keys = torch.randn(2, 2, length, dim, generator=torch.Generator().manual_seed(length))
     change = {
@@ -46,7 +49,7 @@ def test_a_permutation_inside_each_chunk_and_nowhere_else(length, leaf, halvings
         "huge": lambda x: x * 1e15,
         "tiny": lambda x: x * 1e-15,
     }
-    order = content_order(change.get(kind, torch.clone)(keys), chunk, leaf, first)
+    order = content_order(change.get(kind, torch.clone)(keys), chunk, leaf, first, axis)
     place = torch.arange(length).expand(2, 2, length)
     chunk_of = torch.where(place < first, -1, (place - first).div(chunk, rounding_mode="floor"))
     assert torch.equal(order.sort(-1).values, place)
@@ -63,10 +66,18 @@ def test_one_dimension_is_sorted_at_the_medians():
     assert torch.equal(leaves[leaves[:, 0].argsort()], torch.arange(64.0).view(16, 4))
 
 
-def test_clusters_become_tiles():
+@pytest.mark.parametrize("axis", ["principal", "coordinate"])
+def test_clusters_become_tiles(axis):
     keys = clustered(3, 8, 16, 24)
-    assert (spread(reordered(keys, 128, 16), 16) < 0.25 * spread(keys, 16)).all()
+    assert (spread(reordered(keys, 128, 16, 0, axis), 16) < 0.25 * spread(keys, 16)).all()
     assert (spread(reordered(keys, 128, 16), 32) < 0.6 * spread(keys, 32)).all()  # two leaves are a node again
+
+
+def test_the_widest_coordinate_halves_a_node():
+    keys = torch.randn(1, 2, 64, 4) * torch.tensor([[1.0, 1.0, 9.0, 1.0], [5.0, 1.0, 1.0, 2.0]])[:, None]
+    halves = reordered(keys, 64, 32, 0, "coordinate").view(2, 2, 32, 4)
+    for head, widest in enumerate((2, 0)):
+        assert halves[head, 0, :, widest].max() <= halves[head, 1, :, widest].min()
 
 
 def test_each_head_and_chunk_has_its_own_order():
@@ -125,6 +136,8 @@ def test_chunks_that_cannot_be_halved_are_refused(chunk, leaf):
 def test_a_start_before_the_keys_and_tiles_across_chunks_are_refused():
     with pytest.raises(ValueError, match="first = -1"):
         content_order(torch.zeros(1, 1, 128, 2), 64, 16, -1)
+    with pytest.raises(ValueError, match="axis = 'x'"):
+        content_order(torch.zeros(1, 1, 128, 2), 64, 16, 0, "x")
     states = torch.full((1, 1, 2, 8), FULL)
     with pytest.raises(ValueError, match="key_tile = 16"):
         closed_tiles(states, states != FULL, 16, 64, 24)
