@@ -147,8 +147,8 @@ def tiled_attention(
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if reason is None and config.mode == "tiled":
         with stages("select"):
-            scene = Scene.of(q, k, mask, scale, config, softcap, sinks)
-            tile_map, estimated, cells = plan(scene, with_cells=need_cells)
+            # nothing else holds the scene, so that its rounded keys and moments are gone before the kernel runs
+            tile_map, estimated, cells = plan(Scene.of(q, k, mask, scale, config, softcap, sinks), need_cells)
         if tile_map is None:
             reason = "the mask and the forced tiles leave nothing to drop"
         elif config.backend == "auto":

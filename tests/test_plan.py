@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from inputs import peaked
 
+from aat_hf import attention
 from aat_hf.tiling import plan as planning
 from aat_hf.tiling.masks import causal_mask
 from aat_hf.tiling.select import Scene
@@ -31,3 +34,22 @@ def test_heads_planned_in_groups_get_the_maps_of_the_whole(
     assert torch.allclose(found, expected)
     assert all(torch.allclose(x, y) for x, y in zip(of_parts, cells, strict=True))
     assert 0 < float(whole.density.mean()) < 1
+
+
+def test_what_a_selection_holds_is_free_before_the_kernel_runs(small, monkeypatch):
+    """Rounded keys and moments would lie beside the output, where memory peaks."""
+    q, k, v = peaked(1, 2, 2, 300, 300, 16)
+    scenes, left = [], []
+
+    def plan(scene, *how):
+        scenes.append(weakref.ref(scene))
+        return planning.plan(scene, *how)
+
+    def kernel(*how, of=attention._kept_attention):
+        left.extend(scene() for scene in scenes)
+        return of(*how)
+
+    monkeypatch.setattr(attention, "plan", plan)
+    monkeypatch.setattr(attention, "_kept_attention", kernel)
+    assert attention.tiled_attention(q, k, v, config=small, is_causal=True).path == "tiled"
+    assert left == [None]

@@ -47,7 +47,8 @@ class Settings:
 
     def run(self, model: Any, input_ids: Tensor) -> Outcome:
         """One pass over a text (1, tokens)."""
-        self._configure(model, AATConfig(selector=self.selector, tolerance=self.tolerance).replace(**self.changes))
+        config = AATConfig(selector=self.selector, tolerance=self.tolerance).replace(**self.changes)
+        aat_hf.configure(model, **config.to_dict())
         with aat_hf.record(model) as report:
             tiled = run_pass(model, input_ids, "aat")
         select = report.milliseconds.get("select", 0.0) / 1e3
@@ -56,12 +57,9 @@ class Settings:
     def compile(self, model: Any, input_ids: Tensor) -> None:
         """A tiled pass over a short text, so that no pass that is timed compiles a loop."""
         config = AATConfig(selector=self.selector, tolerance=0.3).replace(**self.changes)
-        self._configure(model, config.replace(min_length=0, dense_prefix=0))
+        aat_hf.configure(model, **config.replace(min_length=0, dense_prefix=0).to_dict())
         with aat_hf.record(model):
             run_pass(model, input_ids, "aat")
-
-    def _configure(self, model: Any, config: AATConfig) -> None:
-        aat_hf.configure(model, **config.to_dict())
 
 
 @dataclass(frozen=True)

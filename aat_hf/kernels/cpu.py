@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aat_hf.kernels import cpu_backward, cpu_forward
-from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Rule, padded
+from aat_hf.kernels.cpu_matrices import KEYS, Centroids, Grid, Matrix, Rule, whole_panels
 from aat_hf.kernels.cpu_sums import reduce, sums_for
 from aat_hf.kernels.cpu_threads import run
 from aat_hf.kernels.lowered_tiles import lower_tiles
@@ -171,7 +171,7 @@ def gradients(
     """Run the backward loop: gradients of q, k, v, mean keys and mean values (batch, kv_heads, key_tiles, dim)."""
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     edges, chunks = _chunks(torch.from_numpy(grid.starts), q, k, v)
-    in_place = [x.dtype == torch.float32 and x.shape[-1] == padded(x.shape[-1]) for x in (k, v)]
+    in_place = [x.dtype == torch.float32 and x.shape[-1] == whole_panels(x.shape[-1]) for x in (k, v)]
     sum_k, sum_v = (sums_for(x, chunks, own) for x, own in zip((d_k, d_v), in_place, strict=True))
     touched = np.zeros((len(edges) - 1, -(-k.shape[2] // grid.key_tile)), np.uint8)
     tiles = len(centroids.k) // (k.shape[0] * k.shape[1])
@@ -243,7 +243,7 @@ def _chunks(starts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, in
     """Edges of the backward pass's chunks of query tiles, as many for each head of k; depends on no thread count."""
     owners = k.shape[0] * k.shape[1]
     rows = (len(starts) - 1) // owners
-    copy = 4 * owners * k.shape[2] * (padded(k.shape[3]) + padded(v.shape[3]))
+    copy = 4 * owners * k.shape[2] * (whole_panels(k.shape[3]) + whole_panels(v.shape[3]))
     chunks = max(1, min(-(-_CHUNKS // owners), _CHUNK_BYTES // copy, rows))
     first = torch.arange(owners)[:, None] * rows
     begin, end = starts[first], starts[first + rows]

@@ -26,8 +26,9 @@ Floats: TypeAlias = NDArray[np.float32]
 Numbers: TypeAlias = NDArray[np.int64]
 Bytes: TypeAlias = NDArray[np.uint8]
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+jit = njit(**_OPTIONS)
 inlined = njit(inline="always", **_OPTIONS)
+_without_wrappers = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # Python never calls a loop itself
 # numba's cache looks at a loop's own file only
 _SHARED = sorted(path.name for pattern in ("simd*.py", "cpu_*.py") for path in Path(__file__).parent.glob(pattern))
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
@@ -38,7 +39,7 @@ def entry(function: Any) -> Any:
 
     The result takes `Team.enter`, a number of threads, and what the loop takes.
     """
-    scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": jit(function)}
+    scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": _without_wrappers(function)}
     call = FunctionType(_call_loop.__code__, scope, function.__name__)
     # The cache's file is named after this, so that a change of the loop or of what all loops share counts.
     own = function.__code__
@@ -135,10 +136,12 @@ def aligned(size: int) -> Any:
     return buffer[first : first + size]
 
 
-@jit
-def padded(size: int) -> int:
-    """`size` rounded up to whole panels."""
+def whole_panels(size: int) -> int:
+    """`size` rounded up."""
     return (size + PANEL - 1) // PANEL * PANEL
+
+
+padded = jit(whole_panels)  # for compiled code
 
 
 @jit
