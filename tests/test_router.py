@@ -84,12 +84,13 @@ def test_measured_length_decides_unless_the_user_does():
 
 
 def test_a_layer_whose_selection_was_in_vain_is_asked_again_later():
-    layer = torch.nn.Module().eval()
-    router.remember(layer, 4096, f"{router.FASTER} at density 1")
-    assert not router.lost_lately(layer, 8192)
-    assert sum(router.lost_lately(layer, 4096) for _ in range(100)) == router._RETRY
-    router.remember(layer, 4096, f"{router.FASTER} at density 1")
-    assert not router.lost_lately(layer.train(), 4096)
+    layer, config = torch.nn.Module().eval(), AATConfig()
+    router.remember(layer, 4096, config, f"{router.FASTER} at density 1")
+    assert not router.lost_lately(layer, 8192, config)
+    assert not router.lost_lately(layer, 4096, config.replace(tolerance=0.5))  # other settings may keep less
+    assert sum(router.lost_lately(layer, 4096, config.replace()) for _ in range(100)) == router._RETRY
+    router.remember(layer, 4096, config, f"{router.FASTER} at density 1")
+    assert not router.lost_lately(layer.train(), 4096, config)
 
 
 def test_calibrate_writes_what_the_router_reads(capsys):

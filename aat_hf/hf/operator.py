@@ -32,18 +32,18 @@ def run_layer(
     recorders = recorders_of(module)
     config = _settings(module)
     audit = config.audit == "always" or (config.audit == "recorded" and bool(recorders))
-    in_vain = config.backend == "auto" and config.mode == "tiled" and router.lost_lately(module, key.shape[2])
-    if in_vain:
-        config = config.replace(mode="dense")
+    keys = key.shape[2]
+    in_vain = config.backend == "auto" and config.mode == "tiled" and router.lost_lately(module, keys, config)
+    used = config.replace(mode="dense") if in_vain else config
     result = tiled_attention(
-        query, key, value, config=config, attn_mask=mask, need_lse=False, need_cells=bool(recorders), audit=audit, **how
+        query, key, value, config=used, attn_mask=mask, need_lse=False, need_cells=bool(recorders), audit=audit, **how
     )
     if in_vain:
         result = dataclasses.replace(result, reason=f"{router.FASTER}: this layer's last maps kept too much")
     else:
-        router.remember(module, key.shape[2], result.reason)
+        router.remember(module, keys, config, result.reason)
     for recorder in recorders:
-        recorder.add(module, result, query.shape[2], key.shape[2])
+        recorder.add(module, result, query.shape[2], keys)
         recorder.inspect(module, query, key, mask, how)
     return result
 

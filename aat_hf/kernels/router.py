@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,17 @@ from aat_hf.data.pretrained import cache_dir
 VERSION = 1
 FASTER = "exact attention is faster"
 _RETRY = 15  # calls of a layer after which selection is tried again
-_in_vain: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+
+
+@dataclass
+class _InVain:
+    """A selection for nothing: the settings, and calls until it is tried again."""
+
+    config: AATConfig
+    left: int = _RETRY
+
+
+_in_vain: WeakKeyDictionary[nn.Module, dict[int, _InVain]] = WeakKeyDictionary()  # by keys of a call
 _log = logging.getLogger("aat_hf")
 
 
@@ -88,24 +99,22 @@ def too_dense(density: float, q: Tensor) -> str | None:
     return None if density * cost < 1 else f"{FASTER} at density {density:.2f} (break-even {1 / cost:.2f})"
 
 
-def lost_lately(module: nn.Module, keys: int) -> bool:
-    """Whether selection was in vain for the last call of `module` with so many keys; now and then it is tried again.
+def lost_lately(module: nn.Module, keys: int, config: AATConfig) -> bool:
+    """Whether selection with these settings was in vain for the last call of `module` with so many keys.
 
-    Never while training: a recomputed forward pass must not change its path.
+    Now and then it is tried again. Never while training: a recomputed forward pass must not change its path.
     """
-    if module.training:
+    noted = _in_vain.get(module, {}).get(keys)
+    if noted is None or noted.left == 0 or module.training or noted.config != config:
         return False
-    left = _in_vain.get(module, {})
-    if not left.get(keys):
-        return False
-    left[keys] -= 1
+    noted.left -= 1
     return True
 
 
-def remember(module: nn.Module, keys: int, reason: str | None) -> None:
+def remember(module: nn.Module, keys: int, config: AATConfig, reason: str | None) -> None:
     """Note how a call of `module` ended."""
     if reason is not None and reason.startswith(FASTER):
-        _in_vain.setdefault(module, {})[keys] = _RETRY
+        _in_vain.setdefault(module, {})[keys] = _InVain(config)
 
 
 def profile_path() -> Path:
