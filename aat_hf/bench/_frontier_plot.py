@@ -22,7 +22,7 @@ def draw_frontier(path: Path, panels: Mapping[str, Points]) -> None:
         figsize=(4.6 * columns + 2.6, 3.8 * rows), layout="constrained"
     )
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    looks = _looks({method for points in panels.values() for method in points})
+    looks = _looks([method for points in panels.values() for method in points])
     for axes, (title, methods) in zip(grid, panels.items(), strict=False):
         _panel(axes, title, methods, looks)
     for axes in grid[len(panels) :]:
@@ -44,8 +44,8 @@ def _panel(axes: Any, title: str, methods: Points, looks: Mapping[str, Any]) -> 
     axes.grid(alpha=0.3, which="both")
 
 
-def _looks(methods: set[str]) -> dict[str, dict[str, str]]:
+def _looks(methods: Sequence[str]) -> dict[str, dict[str, str]]:
     """A marker and a colour for each method: ten colours, then the next marker."""
     pairs = cycle(product("os^Dv", (f"C{number}" for number in range(10))))
-    named = zip(sorted(methods), pairs, strict=False)
+    named = zip(dict.fromkeys(methods), pairs, strict=False)
     return {method: dict(marker=marker, color=color) for method, (marker, color) in named}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from aat_hf.kernels import simd
 from aat_hf.kernels.cpu_matrices import Floats, Matrix, Numbers, aligned, entry, jit, load, widen
@@ -15,6 +18,7 @@ from aat_hf.kernels.simd_bytes import round_panel, round_rows
 from aat_hf.kernels.simd_emit import LANES, PANEL
 
 _BLOCK = 256  # rows of a work item
+_SAMPLE = 64  # rows of a head whose sizes say how large rounding errors are
 
 
 class ByteRows(NamedTuple):
@@ -51,6 +55,25 @@ def byte_rows(x: Matrix) -> ByteRows:
     found = ByteRows(np.empty((rows, -(-dim // LANES) * LANES), np.uint8), np.empty(rows, np.float32))
     run(round_all, 8 * rows * dim, x, found)
     return found
+
+
+def score_error(q: Tensor, k: Tensor, rounded: ByteRows, scale: float) -> float:
+    """Standard deviation of the error that rounding q and k makes in a score, in nats: that of the worst head.
+
+    A row x has the step s = max |x| / 127, and errors that are taken as independent and uniform in one: the variance of
+    scale * q k is scale^2 (|q|^2 s_k^2 + |k|^2 s_q^2) / 12, by means over some rows.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim); rounded: its rows.
+    """
+    some_q, some_k = (x.detach()[:, :, :: max(1, x.shape[2] // _SAMPLE)].float() for x in (q, k))
+    step_q = some_q.abs().amax(-1).div(127).square().mean(-1).unflatten(1, (k.shape[1], -1))  # [B, G, heads of each]
+    step_k = torch.from_numpy(rounded.scale).view(k.shape[:3]).square().mean(-1)  # [B, G]
+    length_q = some_q.square().sum(-1).mean(-1).unflatten(1, (k.shape[1], -1))
+    length_k = some_k.square().sum(-1).mean(-1)
+    variance = (length_q * step_k[..., None] + length_k[..., None] * step_q) / 12
+    return scale * math.sqrt(float(variance.max()))
 
 
 @entry

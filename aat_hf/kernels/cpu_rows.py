@@ -54,8 +54,8 @@ def measure_rows(
             of a whole group of neighbouring rows, so that some more tiles may be exact.
         sinks: (heads,) logits of one more key, which belongs to no tile.
         together: so many consecutive rows share a row of the first result: the mean of those that see a key.
-        rough: of k; with it exponentials may be 4 % off, and scores come from rows rounded to 8 bits where the
-            processor is faster with them.
+        rough: of q and k; with it exponentials may be 4 % off, and scores come from rows rounded to 8 bits where the
+            processor is faster with them and that is accurate enough.
 
     Returns:
         (batch, heads, R / together, key_tiles) and (batch, heads, R), both float32.
@@ -73,15 +73,16 @@ def measure_rows(
     logits = np.empty(0, np.float32) if sinks is None else (sinks.float() / math.log(2)).numpy()
     edges = _whole(mask.first), _whole(mask.last), valid
     see = Rows(rows.numpy(), together, logits, *edges, heads, k.shape[1], queries, keys, key_tile, rough is not None)
+    small = rough.rounded if rough is not None and BYTES else None
     summary = _NO_SUMMARY
     if moments is not None:
         assert near is not None
-        summary = _summary(moments, near, near_tiles, sink_tiles, softcap, see.rough and BYTES)
+        summary = _summary(moments, near, near_tiles, sink_tiles, softcap, small is not None)
     probability = torch.zeros(batch, heads, len(rows) // together, -(-keys // key_tile))
     lse = torch.empty(batch, heads, len(rows))
     flat = probability.view(-1, probability.shape[3]).numpy(), lse.view(-1).numpy()
     work = together * probability.numel() * q.shape[3] * (key_tile if moments is None else 2 * moments.count.shape[1])
-    all_keys = Keys(as_matrix(k), rough.rounded if rough is not None and BYTES else NO_BYTES)
+    all_keys = Keys(as_matrix(k), NO_BYTES if small is None else small)
     run(loops.measure, work, as_matrix(q), all_keys, see, summary, as_rule(scale, softcap, -float("inf")), *flat)
     return probability, lse
 

@@ -55,7 +55,7 @@ class Scene:
     def rough(self) -> RoughKeys:
         """The keys for estimates, prepared once."""
         if self._rough is None:
-            self._rough = RoughKeys(self.k)
+            self._rough = RoughKeys(self.q, self.k, self.scale)
         return self._rough
 
 

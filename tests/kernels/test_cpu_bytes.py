@@ -13,9 +13,10 @@ import torch
 from inputs import peaked
 from test_cpu_processes import AVX2, SSE, X86
 
+from aat_hf.attention import tiled_attention
 from aat_hf.config import AATConfig
 from aat_hf.kernels import cpu, cpu_rows
-from aat_hf.kernels.cpu_bytes import byte_rows
+from aat_hf.kernels.cpu_bytes import byte_rows, score_error
 from aat_hf.kernels.cpu_row_data import Rows
 from aat_hf.kernels.cpu_rows import measure_rows
 from aat_hf.kernels.simd_emit import LANES
@@ -65,7 +66,7 @@ def test_rough_masses_are_those_of_rounded_queries_and_keys(rough, exact_powers,
     mask = causal_mask(230, 333, DEVICE)
     q, k, _ = peaked(2, 6, 3, 230, 333, dim)
     rows = torch.tensor([0, 1, 3, 17, 50, 51, 100, 160, 200, 229])
-    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(k))
+    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(q, k, 0.3))
     wanted = measure_rows(rounded(q).float(), rounded(k).float(), mask, rows, 16, 0.3, softcap)
     assert torch.allclose(found[0], wanted[0], atol=1e-3) and torch.allclose(found[1], wanted[1], atol=2e-3)
     exact = measure_rows(q, k, mask, rows, 16, 0.3, softcap)
@@ -81,9 +82,9 @@ def test_rough_exponentials_change_masses_by_a_tenth_at_most(monkeypatch, in_byt
     monkeypatch.setattr(cpu_rows, "BYTES", in_bytes)
     mask, rows = causal_mask(230, 333, DEVICE), torch.arange(0, 230, 7)
     q, k, _ = peaked(2, 6, 3, 230, 333, dim)
-    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(k))
+    found = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(q, k, 0.3))
     monkeypatch.setattr(cpu_rows, "Rows", lambda *fields: Rows(*fields[:-1], False))
-    wanted = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(k))
+    wanted = measure_rows(q, k, mask, rows, 16, 0.3, softcap, rough=RoughKeys(q, k, 0.3))
     assert not torch.equal(found[0], wanted[0])
     assert torch.allclose(found[0], wanted[0], rtol=0.1, atol=1e-6)
     assert bool(((found[1] - wanted[1]) > -0.085).all()) and bool(((found[1] - wanted[1]) < 0.045).all())
@@ -94,12 +95,46 @@ def test_rough_predictions_are_those_of_rounded_moments(rough, exact_powers):
     mask, config = causal_mask(512, 512, DEVICE), AATConfig(key_tile=16, local_keys=16, sink_keys=16)
     q, k, _ = peaked(1, 4, 2, 512, 512, 24)
     exact = summarise(k, 16, 1)
-    found = predict_query_tiles(q, k, mask, exact, config, 0.2, rough=RoughKeys(k))
+    found = predict_query_tiles(q, k, mask, exact, config, 0.2, rough=RoughKeys(q, k, 0.2))
     near, far = rounded(k).float(), Moments(exact.count, *(rounded(x).float() for x in (exact.mean, exact.variance)))
     wanted = predict_query_tiles(rounded(q).float(), near, mask, far, config, 0.2)
     assert not torch.equal(found, predict_query_tiles(q, k, mask, exact, config, 0.2))
     assert torch.allclose(found, wanted, atol=3e-3)
     assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-5)
+
+
+def shifted(q, k, by):
+    """Keys of the last kv head with one channel far from 0, as biases make them; the softmax hardly changes."""
+    q, k = q.clone(), k.clone()
+    q[..., 3] *= 1e-2
+    k[:, -1, :, 3] += by
+    return q, k
+
+
+@pytest.mark.parametrize("by", [0, 20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_of_a_rounded_score_is_known(by, dtype):
+    q, k = shifted(torch.randn(2, 4, 300, 64), torch.randn(2, 2, 500, 64), by)
+    q, k = q.to(dtype), k.to(dtype)
+    expected = score_error(q, k, byte_rows(cpu.as_matrix(k)), 0.3)
+    wide = k.double().repeat_interleave(2, 1)
+    error = 0.3 * (rounded(q) @ rounded(k).repeat_interleave(2, 1).mT - q.double() @ wide.mT)
+    assert expected == pytest.approx(float(error.std((-1, -2)).max()), rel=0.15)
+
+
+def test_keys_that_8_bits_cannot_hold_are_not_rounded(rough, exact_powers):
+    """One head of one call is enough: the tiles of all its heads are estimated without."""
+    q, k, v = peaked(1, 4, 2, 1024, 1024, 64)
+    q, k = shifted(q, k, 300)
+    mask, rows = causal_mask(1024, 1024, DEVICE), torch.arange(0, 1024, 16)
+    keys = RoughKeys(q, k, 0.5)
+    assert keys.rounded is None and RoughKeys(q[:, :2], k[:, :1], 0.5).rounded is not None
+    found, wanted = (measure_rows(q, k, mask, rows, 16, 0.5, rough=x) for x in (keys, None))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    config = AATConfig(min_length=0, dense_prefix=0, max_kept=1.0, backend="cpu")
+    result = tiled_attention(q, k, v, config=config, is_causal=True, scale=0.5)
+    assert float(result.tile_map.density.mean()) < 0.9
+    assert bool((result.audit.mean < 1.5 * config.tolerance).all())
 
 
 def test_only_rough_calls_are_rounded(rough):
@@ -124,7 +159,8 @@ mask, rows = causal_mask(150, 150, q.device), torch.arange(0, 150, 7)
 print(simd_bytes.BYTES)
 for forced in (simd_bytes.BYTES, True):
     cpu_rows.BYTES = forced
-    print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5, rough=RoughKeys(k))[0].double().square().sum().item())
+    rough = RoughKeys(q, k, 0.5)
+    print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5, rough=rough)[0].double().square().sum().item())
 print(cpu_rows.measure_rows(q, k, mask, rows, 16, 0.5)[0].double().square().sum().item())
 """
 
