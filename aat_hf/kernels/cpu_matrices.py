@@ -28,7 +28,6 @@ Bytes: TypeAlias = NDArray[np.uint8]
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = njit(**_OPTIONS)
 inlined = njit(inline="always", **_OPTIONS)
-_without_wrappers = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # Python never calls a loop itself
 # numba's cache looks at a loop's own file only
 _SHARED = sorted(path.name for pattern in ("simd*.py", "cpu_*.py") for path in Path(__file__).parent.glob(pattern))
 _CODE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).hexdigest()
@@ -39,7 +38,7 @@ def entry(function: Any) -> Any:
 
     The result takes `Team.enter`, a number of threads, and what the loop takes.
     """
-    scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": _without_wrappers(function)}
+    scope = {"__name__": function.__module__, "call_by_team": call_by_team, "_loop": jit(function)}
     call = FunctionType(_call_loop.__code__, scope, function.__name__)
     # The cache's file is named after this, so that a change of the loop or of what all loops share counts.
     own = function.__code__
