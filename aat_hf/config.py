@@ -45,7 +45,7 @@ class AATConfig:
         query_tile, key_tile: rows and keys of a tile.
         summary_keys: keys of one summary (count, mean, variance); divides key_tile or is larger.
         sample_stride: every so many query rows one is scored against every key; on a CPU with exponentials to 4 % and,
-            where that is faster, in 8-bit integers.
+            where that is faster and accurate enough for the keys, in 8-bit integers.
         predict_stride: every so many query rows one is predicted from the moments.
         sink_keys: the tiles of so many first keys are always exact.
         local_keys: so are the tiles of a query tile's own keys and of so many keys before and after them.
