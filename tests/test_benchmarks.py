@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 from matplotlib.image import imread
 from tiny_model import save_tiny
 
 from aat_hf import cli
 from aat_hf.bench import _plots, selection
-from aat_hf.bench._methods import Settings, WholeMatrices
+from aat_hf.bench._common import mask_and_scale
+from aat_hf.bench._methods import Settings, WholeMatrices, ablations
+from aat_hf.config import AATConfig
+from aat_hf.errors import UnsupportedAttentionError
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +66,30 @@ def test_a_frontier_of_several_scenes(tiny, tmp_path, capsys):
 
 
 def test_every_ablation_runs(tiny, capsys):
-    """Those of settings go to exact attention at this length; those of orders are computed."""
+    """Those of settings tile a short text first, then go to exact attention at this length; orders are computed."""
     assert cli.main(["bench", "selection", "--scene", tiny, "code", "768", "--selectors", "--ablations"]) == 0
     shown = capsys.readouterr().out
     for method in ("mix, one pass", "mix, tiles of 64", "mix, 64 by content in 1024", "oracle, 16 in place"):
         assert f"| {method} |" in shown
+
+
+def test_each_ablation_changes_one_setting():
+    default, changed = AATConfig().to_dict(), []
+    for method in ablations(AATConfig().tolerance):
+        config = AATConfig(selector=method.selector, tolerance=method.tolerance).replace(**method.changes).to_dict()
+        changed.append([(name, value) for name, value in config.items() if value != default[name]])
+    assert all(len(changes) == 1 for changes in changed) and len({changes[0] for changes in changed}) == len(changed)
+
+
+def test_scores_that_are_more_than_products_are_refused():
+    q, k = torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 8, 4)
+    mask, scale = mask_and_scale(q, k, None, {"scaling": 0.3, "softcap": None})
+    assert mask.kind == "causal" and scale == 0.3
+    for more in ({"softcap": 5.0}, {"s_aux": torch.zeros(2)}):
+        with pytest.raises(UnsupportedAttentionError, match="softcapped"):
+            mask_and_scale(q, k, None, more)
+    with pytest.raises(UnsupportedAttentionError, match="bias"):
+        mask_and_scale(q, k, torch.randn(1, 1, 8, 8), {})
 
 
 def test_all_is_every_scene_and_every_ablation():

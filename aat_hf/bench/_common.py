@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aat_hf.compare import replaced_attention
 from aat_hf.data import TextUnavailableError, austen, fetch_gemma3, fetch_qwen05, fetch_smollm2, read_text
+from aat_hf.errors import UnsupportedAttentionError
 from aat_hf.hf.masks import from_argument
 from aat_hf.tiling.masks import AttentionMask
 
@@ -55,9 +56,7 @@ def look_at_layers(model: Any, input_ids: Tensor, look: Look) -> None:
         def looking(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
         ) -> Any:
-            shape = dict(batch=query.shape[0], heads=query.shape[1], queries=query.shape[2], keys=key.shape[2])
-            mask, _ = from_argument(attention_mask, **shape, is_causal=True, device=query.device)
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            mask, scale = mask_and_scale(query, key, attention_mask, kwargs)
             look(int(getattr(module, "layer_idx", 0) or 0), query, key, value, mask, scale)
             return function(module, query, key, value, attention_mask, **kwargs)
 
@@ -66,6 +65,24 @@ def look_at_layers(model: Any, input_ids: Tensor, look: Look) -> None:
     model.set_attn_implementation("sdpa")
     with replaced_attention("sdpa", wrap):
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+
+
+def mask_and_scale(
+    query: Tensor, key: Tensor, attention_mask: Any, kwargs: Mapping[str, Any]
+) -> tuple[AttentionMask, float]:
+    """The mask and the scale of an attention call of a causal model.
+
+    Raises:
+        UnsupportedAttentionError: its scores are more than scaled products, which is not known here.
+    """
+    shape = dict(batch=query.shape[0], heads=query.shape[1], queries=query.shape[2], keys=key.shape[2])
+    mask, bias = from_argument(attention_mask, **shape, is_causal=True, device=query.device)
+    if bias is not None or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "sinks")):
+        raise UnsupportedAttentionError(
+            "the model has softcapped scores, attention sinks or a bias, which this benchmark leaves out: "
+            "choose another model, or `aat bench selection` without --groupings"
+        )
+    return mask, kwargs.get("scaling") or query.shape[-1] ** -0.5
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:

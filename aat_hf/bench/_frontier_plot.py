@@ -7,7 +7,7 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-from aat_hf.data.progress import notice
+from aat_hf.bench import _plots
 from aat_hf.data.sources import optional_module
 
 Points = Mapping[str, Sequence[tuple[float, float]]]
@@ -29,9 +29,7 @@ def draw_frontier(path: Path, panels: Mapping[str, Points]) -> None:
         axes.set_axis_off()
     known = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), fontsize=7, loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    notice(f"Wrote {path}")
+    _plots.save(figure, path)
 
 
 def _panel(axes: Any, title: str, methods: Points, looks: Mapping[str, Any]) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import aat_hf
+from aat_hf.bench._common import mask_and_scale
 from aat_hf.bench._order_trial import Grouping, Layout, choose, density, heads_of
 from aat_hf.compare import replaced_attention, run_pass
 from aat_hf.config import AATConfig
-from aat_hf.hf.masks import from_argument
+from aat_hf.tiling.masks import AttentionMask
 
 
 class Outcome(NamedTuple):
@@ -23,7 +24,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         hidden: (tokens, hidden), what the language model head is applied to.
-        density: kept of the visible tiles, mean over the tiled layers and their heads.
+        density: kept of the visible tiles, mean over all layers and heads; 1 for those that ran exactly.
         lost: realised infidelity, mean over the tiled layers and their heads: of audited rows, of all rows where
             matrices are whole.
         select_seconds, attention_seconds: all layers together; NaN where matrices are whole.
@@ -76,8 +77,7 @@ class WholeMatrices:
         heads: list[tuple[float, float]] = []
 
         def tiled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            output, found = self._attention(query, key, value, attention_mask, scale)
+            output, found = self._attention(query, key, value, *mask_and_scale(query, key, attention_mask, kwargs))
             heads.extend(found)
             return output, None
 
@@ -89,11 +89,9 @@ class WholeMatrices:
         """Nothing is timed."""
 
     def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     ) -> tuple[Tensor, list[tuple[float, float]]]:
         """Output (1, queries, heads, value_dim), and density and infidelity of each head."""
-        shape = dict(batch=1, heads=q.shape[1], queries=q.shape[2], keys=k.shape[2])
-        mask, _ = from_argument(attention_mask, **shape, is_causal=True, device=q.device)
         layout = Layout.of(self.grouping, mask, AATConfig(tolerance=self.tolerance))
         outputs, found = [], []
         for head in heads_of(q, k, v, mask, scale, [self.grouping]):

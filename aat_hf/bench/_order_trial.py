@@ -38,12 +38,12 @@ class Grouping:
         """Of "TILE", "TILE/CHUNK" or "TILE/CHUNK/AXIS".
 
         Raises:
-            TypeError, ValueError: not such numbers, TILE no leaf * 2^m, CHUNK no TILE * 2^m, or AXIS unknown.
+            ValueError: not such numbers, TILE no leaf * 2^m, CHUNK no TILE * 2^m, or AXIS unknown.
         """
-        tile, *more = text.split("/")
-        grouping = cls(int(tile), int(more[0]) if more else None, *more[1:])
+        parts = text.split("/")
+        grouping = cls(int(parts[0]), int(parts[1]) if len(parts) > 1 else None, *parts[2:3])
         steps = [grouping.key_tile / LEAF, (grouping.chunk or grouping.key_tile) / max(1, grouping.key_tile)]
-        if grouping.axis not in AXES or not all(step in (2**m for m in range(20)) for step in steps):
+        if len(parts) > 3 or grouping.axis not in AXES or not all(step in (2**m for m in range(20)) for step in steps):
             raise ValueError(
                 f"{text!r}: must be TILE, TILE/CHUNK or TILE/CHUNK/AXIS, TILE and CHUNK {LEAF} times powers of two, "
                 f"AXIS one of {', '.join(AXES)}"

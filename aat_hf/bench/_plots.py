@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aat_hf.data.progress import notice
 from aat_hf.data.sources import optional_module
@@ -42,6 +43,11 @@ def draw(
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a Matplotlib figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     notice(f"Wrote {path}")

@@ -119,7 +119,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _plots.add_option(parser, "KL against density")
     args = parser.parse_args(argv)
     try:
-        args.scene = [(model, text, int(tokens)) for model, text, tokens in args.scene or _default_scenes(args)]
+        args.scene = [
+            (model, text, int(tokens)) for model, text, tokens in args.scene or (SCENES if args.all else SCENES[:1])
+        ]
     except ValueError:
         parser.error(f"--scene {args.scene}: TOKENS must be a number")
     args.ablations |= args.all
@@ -127,10 +129,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.groupings and tokens % AATConfig().query_tile:
             parser.error(f"--scene {model} {text} {tokens}: must be a multiple of {AATConfig().query_tile}")
     return args
-
-
-def _default_scenes(args: argparse.Namespace) -> list[Scene]:
-    return SCENES if args.all else SCENES[:1]
 
 
 def methods(args: argparse.Namespace, tokens: int) -> list[Method]:
