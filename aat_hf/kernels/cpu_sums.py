@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from aat_hf.kernels import simd
-from aat_hf.kernels.cpu_matrices import Bytes, Floats, Matrix, Numbers, aligned, entry, jit, padded, store
+from aat_hf.kernels.cpu_matrices import Bytes, Floats, Matrix, Numbers, aligned, entry, jit, store, whole_panels
 from aat_hf.kernels.simd_borrow import borrowed, hold
 
 
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
 def sums_for(gradient: Tensor, chunks: int, in_place: bool) -> Sums:
     """Sums of `chunks` for each head of a contiguous gradient (batch, kv_heads, keys, dim)."""
-    heads, shape = gradient.shape[0] * gradient.shape[1], (gradient.shape[2], padded(gradient.shape[3]))
+    heads, shape = gradient.shape[0] * gradient.shape[1], (gradient.shape[2], whole_panels(gradient.shape[3]))
     # elsewhere numpy's own memory: unlike torch it asks for huge pages, and first touches are what these cost
     first = gradient.view(heads, *shape).numpy() if in_place else np.empty((heads, *shape), np.float32)
     return Sums(first, np.empty((heads * (chunks - 1), *shape), np.float32))
